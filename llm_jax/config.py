@@ -1,0 +1,419 @@
+"""Every knob, its default, its meaning and its rules: nothing else in the package holds a default.
+
+`default()` gives an editable `ml_collections.ConfigDict` for `configs/*.py` and the command line;
+`freeze` turns it, once, into the frozen dataclasses that the rest of the package reads.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import runpy
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from llm_jax.errors import InputError
+
+MLPS = ("gelu", "gelu_tanh", "swiglu", "geglu", "relu2")
+ROPE_SCALINGS = ("linear", "ntk", "llama3", "yarn")
+LAYER_TYPES = ("full", "sliding")
+DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "plain", "blockwise")
+LAYER_EXECUTIONS = ("auto", "scan", "unrolled")
+REMATS = ("none", "block", "dots")
+SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
+OPTIMIZERS = ("adamw",)
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network. Each modern part is a switch back to GPT-2's."""
+
+    n_embd: int = 128  # width of the residual stream
+    n_head: int = 8
+    n_layer: int = 6
+    block_size: int = 256  # context length in tokens
+    use_rope: bool = True  # False: learned absolute positions, as GPT-2
+    use_rmsnorm: bool = True  # False: LayerNorm
+    n_kv_head: int | None = None  # grouped-query attention; None: as many as n_head
+    head_dim: int | None = None  # None: n_embd / n_head
+    mlp: str = "swiglu"  # gelu (erf) | gelu_tanh | swiglu | geglu | relu2
+    mlp_dim: int | None = None  # None: 4 n_embd; 8/3 n_embd, down to a multiple of 8, for the gated kinds
+    norm_eps: float = 1e-5
+    vocab_size: int | None = None  # None: the tokenizer's; larger pads it
+    qk_norm: bool = False  # norm of each query and key head before rope
+    use_bias: bool = False  # in projections and LayerNorm
+    tie_embeddings: bool = True  # the output projection is the token embedding
+    dropout: float = 0.0  # on embeddings and residual branches
+    rope_theta: float = 10000.0
+    rope_scaling: str | None = None  # None | linear | ntk | llama3 | yarn
+    rope_factor: float = 1.0  # how many times longer than the trained context
+    rope_original_length: int | None = None  # the trained context; None: block_size / rope_factor
+    rope_low_freq_factor: float = 1.0  # llama3
+    rope_high_freq_factor: float = 4.0  # llama3
+    rope_beta_fast: float = 32.0  # yarn
+    rope_beta_slow: float = 1.0  # yarn
+    layer_types: tuple[str, ...] = ("full",)  # one period of full | sliding
+    window: int | None = None  # tokens that a sliding layer sees, itself included
+    attn_softcap: float | None = None  # c tanh(x / c) on attention scores
+    final_softcap: float | None = None  # the same on the logits
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    attention: str = "auto"  # auto | plain | blockwise
+    layer_execution: str = "auto"  # auto | scan | unrolled
+    remat: str = "none"  # activations kept: none (all) | block (only each block's input) | dots
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes tokens."""
+
+    source: str = "python_stdlib"  # python_stdlib | text | bin | tinyshakespeare
+    path: str | None = None  # file, folder or glob; a path implies source "text" unless it is "bin"
+    tokenizer: str = "bpe"  # char | byte | bpe | path of a tokenizer.json
+    vocab_size: int = 1024  # tokens of a bpe trained here
+    val_fraction: float = 0.1  # the last part of the corpus, by bytes
+    content_hash: str | None = None  # identifies the corpus; None: whatever is found, recorded with the run
+    cache_dir: str | None = None  # token cache; None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    name: str = "adamw"
+    schedule: str = "cosine"  # cosine | constant, after the warm-up
+    peak_lr: float = 1e-3
+    final_lr: float | None = None  # None: peak_lr / 10
+    warmup_steps: int = 100
+    weight_decay: float = 0.1  # on weight matrices only
+    b1: float = 0.9
+    b2: float = 0.99
+    grad_clip: float = 1.0  # global norm; 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Intervals count optimizer steps; 0 means only at the end."""
+
+    batch_size: int = 16  # sequences of one optimizer step, over all devices and micro-batches
+    accumulation_steps: int = 1  # micro-batches one step is split into
+    num_steps: int = 1000
+    eval_every: int = 250
+    eval_batches: int = 16  # batches of the fixed part of the validation split
+    save_every: int = 250
+    keep_checkpoints: int = 2  # newest ones; the best by val_loss is kept besides
+    log_every: int = 10
+    sample_every: int = 0
+    seed: int = 0
+    profile_steps: int = 0  # steps traced with jax.profiler into <workdir>/profile, after the first ten
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How text is sampled: during training as set here, elsewhere the defaults of `generate`."""
+
+    prompt: str = "\n"
+    max_new_tokens: int = 100
+    temperature: float = 1.0  # 0: greedy
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float | None = None  # then the likeliest of them that make up probability p
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each mesh axis takes; -1 takes what is left."""
+
+    data: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def default() -> ConfigDict:
+    """A locked ConfigDict with every key at its default; optional keys are typed placeholders."""
+    groups = {}
+    for group in dataclasses.fields(Config):
+        values = {}
+        for field in dataclasses.fields(group.type):
+            kind, optional = _field_type(field)
+            values[field.name] = (
+                config_dict.FieldReference(field.default, field_type=kind) if optional else field.default
+            )
+        groups[group.name] = ConfigDict(values)
+    return ConfigDict(groups).lock()
+
+
+def load_file(path: str) -> ConfigDict:
+    """The ConfigDict that a config file's `get_config()` returns. The file is Python, and is run."""
+    try:
+        namespace = runpy.run_path(path)
+    except OSError as error:
+        raise InputError(
+            f"config file {path!r} cannot be read ({error.strerror}); see configs/ for examples"
+        ) from None
+    if "get_config" not in namespace:
+        raise InputError(f"config file {path!r} has no get_config(); see configs/small.py")
+    try:
+        return namespace["get_config"]()
+    except AttributeError as error:  # ml_collections' answer to a key that the locked default does not have
+        key = re.match(r"\W*KeyError\W+Key \"(\w+)\" does not exist|Key \"(\w+)\" does not exist", str(error))
+        if key is None:
+            raise
+        raise InputError(f"config file {path!r}: {_unknown(key[1] or key[2], _all_keys())}") from None
+
+
+def freeze(config: Mapping[str, Any]) -> Config:
+    """Checks types, names and rules, fills in what follows from other keys, returns the dataclasses.
+
+    Args:
+        config: a ConfigDict from `default()`, or the nested dict of a run's config.json.
+
+    Raises:
+        InputError: unknown key (with the nearest right one), wrong type, impossible combination.
+    """
+    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    _reject_unknown(values, [group.name for group in dataclasses.fields(Config)], prefix="")
+    groups = {}
+    for group in dataclasses.fields(Config):
+        given = dict(values.get(group.name) or {})
+        _reject_unknown(given, [field.name for field in dataclasses.fields(group.type)], prefix=f"{group.name}.")
+        groups[group.name] = group.type(
+            **{
+                field.name: _checked(f"{group.name}.{field.name}", field, given[field.name])
+                for field in dataclasses.fields(group.type)
+                if field.name in given
+            }
+        )
+    frozen = Config(**groups)
+    return dataclasses.replace(
+        frozen,
+        model=_model(frozen.model),
+        data=_data(frozen.data),
+        optim=_optim(frozen.optim),
+        train=_train(frozen.train),
+        sample=_sample(frozen.sample),
+        mesh=_mesh(frozen.mesh),
+    )
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The nested dict of config.json; `freeze` of it is the same Config."""
+    return dataclasses.asdict(config)
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raises InputError for a dotted key (`optim.peak_lr`) that no config has, naming the nearest one."""
+    known = _all_keys()
+    for key in keys:
+        if key not in known:
+            raise InputError(_unknown(key, known))
+
+
+def check_sampling(
+    *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, prefix: str = ""
+) -> None:
+    """The rules of one sampling request, for config and call alike."""
+    if max_new_tokens < 0:
+        raise InputError(f"{prefix}max_new_tokens ({max_new_tokens}) must be 0 or more")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"{prefix}temperature ({temperature}) must be a finite number, 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"{prefix}top_k ({top_k}) must be 1 or more; leave it out to keep every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"{prefix}top_p ({top_p}) must be above 0 and at most 1; leave it out to keep every token")
+
+
+def _model(m: ModelConfig) -> ModelConfig:
+    for name in (
+        "n_embd",
+        "n_head",
+        "n_layer",
+        "block_size",
+        "n_kv_head",
+        "head_dim",
+        "mlp_dim",
+        "vocab_size",
+        "window",
+    ):
+        _at_least("model", m, name, 1)
+    for name in ("norm_eps", "rope_theta", "attn_softcap", "final_softcap"):
+        _above_zero("model", m, name)
+    _one_of("model", m, "mlp", MLPS)
+    _one_of("model", m, "rope_scaling", (None, *ROPE_SCALINGS))
+    _one_of("model", m, "param_dtype", DTYPES)
+    _one_of("model", m, "compute_dtype", DTYPES)
+    _one_of("model", m, "attention", ATTENTIONS)
+    _one_of("model", m, "layer_execution", LAYER_EXECUTIONS)
+    _one_of("model", m, "remat", REMATS)
+    if not 0 <= m.dropout < 1:
+        raise InputError(f"model.dropout ({m.dropout}) must be at least 0 and below 1")
+    if m.head_dim is None and m.n_embd % m.n_head:
+        raise InputError(
+            f"model.n_embd ({m.n_embd}) must be a multiple of model.n_head ({m.n_head}); "
+            "set model.head_dim to separate them"
+        )
+    head_dim = m.head_dim or m.n_embd // m.n_head
+    if m.use_rope and head_dim % 2:
+        raise InputError(f"model.head_dim ({head_dim}) must be even for rope, which rotates pairs of channels")
+    n_kv_head = m.n_kv_head or m.n_head
+    if m.n_head % n_kv_head:
+        raise InputError(f"model.n_head ({m.n_head}) must be a multiple of model.n_kv_head ({n_kv_head})")
+    gated = m.mlp in ("swiglu", "geglu")
+    # Three matrices of 8/3 n_embd are as many parameters as two of 4 n_embd (Shazeer 2020, "GLU Variants").
+    mlp_dim = m.mlp_dim or (max(8, 8 * m.n_embd // 3 // 8 * 8) if gated else 4 * m.n_embd)
+
+    if m.rope_scaling is not None and not m.use_rope:
+        raise InputError(f"model.rope_scaling ({m.rope_scaling!r}) needs model.use_rope=True")
+    if not m.rope_factor >= 1:
+        raise InputError(f"model.rope_factor ({m.rope_factor}) must be 1 or more")
+    if m.rope_scaling is None and m.rope_factor != 1:
+        raise InputError(
+            f"model.rope_factor ({m.rope_factor}) needs a model.rope_scaling, one of {', '.join(ROPE_SCALINGS)}"
+        )
+    _at_least("model", m, "rope_original_length", 1)
+    original = m.rope_original_length
+    if m.rope_scaling is not None and original is None:
+        original = max(1, round(m.block_size / m.rope_factor))
+
+    if not m.layer_types or any(kind not in LAYER_TYPES for kind in m.layer_types):
+        raise InputError(f"model.layer_types {m.layer_types} must hold one or more of {', '.join(LAYER_TYPES)}")
+    if m.n_layer % len(m.layer_types):
+        raise InputError(
+            f"model.n_layer ({m.n_layer}) must be a multiple of the period of model.layer_types {m.layer_types}"
+        )
+    if ("sliding" in m.layer_types) != (m.window is not None):
+        raise InputError(
+            f"model.window ({m.window}) and 'sliding' in model.layer_types {m.layer_types} go together; "
+            "set both or neither"
+        )
+    return dataclasses.replace(
+        m, head_dim=head_dim, n_kv_head=n_kv_head, mlp_dim=mlp_dim, rope_original_length=original
+    )
+
+
+def _data(d: DataConfig) -> DataConfig:
+    _one_of("data", d, "source", SOURCES)
+    if d.path is not None and d.source != "bin":
+        d = dataclasses.replace(d, source="text")
+    if d.path is None and d.source in ("text", "bin"):
+        raise InputError(f"data.source {d.source!r} reads files; set --config.data.path=FILE_OR_FOLDER")
+    if not 0 < d.val_fraction < 1:
+        raise InputError(f"data.val_fraction ({d.val_fraction}) must be above 0 and below 1")
+    _at_least("data", d, "vocab_size", 1)
+    return d
+
+
+def _optim(o: OptimConfig) -> OptimConfig:
+    _one_of("optim", o, "name", OPTIMIZERS)
+    _one_of("optim", o, "schedule", SCHEDULES)
+    _above_zero("optim", o, "peak_lr")
+    for name in ("final_lr", "warmup_steps", "weight_decay", "grad_clip"):
+        _at_least("optim", o, name, 0)
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(o, name) < 1:
+            raise InputError(f"optim.{name} ({getattr(o, name)}) must be at least 0 and below 1")
+    return dataclasses.replace(o, final_lr=o.peak_lr / 10 if o.final_lr is None else o.final_lr)
+
+
+def _train(t: TrainConfig) -> TrainConfig:
+    for name in ("batch_size", "accumulation_steps", "num_steps", "eval_batches", "keep_checkpoints"):
+        _at_least("train", t, name, 1)
+    for name in ("eval_every", "save_every", "log_every", "sample_every", "seed", "profile_steps"):
+        _at_least("train", t, name, 0)
+    if t.batch_size % t.accumulation_steps:
+        raise InputError(
+            f"train.batch_size ({t.batch_size}) must be a multiple of "
+            f"train.accumulation_steps ({t.accumulation_steps})"
+        )
+    return t
+
+
+def _sample(s: SampleConfig) -> SampleConfig:
+    check_sampling(
+        max_new_tokens=s.max_new_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        prefix="sample.",
+    )
+    return s
+
+
+def _mesh(m: MeshConfig) -> MeshConfig:
+    if m.data != -1:
+        _at_least("mesh", m, "data", 1)
+    return m
+
+
+def _at_least(group: str, values: Any, name: str, least: float) -> None:
+    value = getattr(values, name)
+    if value is not None and value < least:
+        raise InputError(f"{group}.{name} ({value}) must be {least} or more")
+
+
+def _above_zero(group: str, values: Any, name: str) -> None:
+    value = getattr(values, name)
+    if value is not None and value <= 0:
+        raise InputError(f"{group}.{name} ({value}) must be above 0")
+
+
+def _one_of(group: str, values: Any, name: str, choices: Sequence[Any]) -> None:
+    value = getattr(values, name)
+    if value not in choices:
+        raise InputError(f"{group}.{name} ({value!r}) must be one of {', '.join(map(str, choices))}")
+
+
+def _all_keys() -> list[str]:
+    return [f"{g.name}.{f.name}" for g in dataclasses.fields(Config) for f in dataclasses.fields(g.type)]
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    # The last part alone finds `optim.peak_lr` for `train.peak_lr` and for `peak_lr`.
+    last = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = difflib.get_close_matches(key, known, 1, 0.75) or [
+        last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, 1, 0.6)
+    ]
+    remedy = f"did you mean {near[0]!r}?" if near else "llm_jax/config.py lists them all"
+    return f"unknown config key {key!r}; {remedy}"
+
+
+def _reject_unknown(given: Mapping[str, Any], known: Sequence[str], *, prefix: str) -> None:
+    for key in given:
+        if key not in known:
+            raise InputError(_unknown(prefix + key, [prefix + name for name in known]))
+
+
+def _field_type(field: dataclasses.Field) -> tuple[type, bool]:
+    """The plain type of a field, and whether it may be None."""
+    if isinstance(field.type, types.UnionType):
+        kind, _ = typing.get_args(field.type)
+        return kind, True
+    return typing.get_origin(field.type) or field.type, False
+
+
+def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:
+    kind, optional = _field_type(field)
+    if value is None and optional:
+        return None
+    if kind is tuple and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{key} ({value!r}) must be of type {kind.__name__}{' or None' if optional else ''}")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{key} ({value}) must be a finite number")
+    return value
