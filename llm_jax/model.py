@@ -1,0 +1,375 @@
+"""The network: linen modules that declare parameters and call `ops`; one Transformer for every family.
+
+Parameters of all blocks are stacked on a leading layer axis. How the layers are executed, a scan or
+an unrolled loop, does not change them.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llm_jax import ops
+from llm_jax.config import ModelConfig
+
+# f32 compute means f32: accelerators would otherwise multiply f32 in bf16 or TF32. bf16 operands ignore it.
+PRECISION = jax.lax.Precision.HIGHEST
+
+# Axis letters (ops/__init__.py; C is a learned position) of each parameter, by module and name. Blocks
+# add a leading L. Shapes, weight decay and sharding all come from this table.
+AXES = {
+    "embed/tokens": "VD",
+    "embed/positions": "CD",
+    "attn_norm/weight": "D",
+    "attn_norm/bias": "D",
+    "attn/q": "DNH",
+    "attn/k": "DKH",
+    "attn/v": "DKH",
+    "attn/o": "NHD",
+    "attn/q_bias": "NH",
+    "attn/k_bias": "KH",
+    "attn/v_bias": "KH",
+    "attn/o_bias": "D",
+    "q_norm/weight": "H",
+    "q_norm/bias": "H",
+    "k_norm/weight": "H",
+    "k_norm/bias": "H",
+    "mlp_norm/weight": "D",
+    "mlp_norm/bias": "D",
+    "mlp/gate": "DF",
+    "mlp/up": "DF",
+    "mlp/down": "FD",
+    "mlp/gate_bias": "F",
+    "mlp/up_bias": "F",
+    "mlp/down_bias": "D",
+    "final_norm/weight": "D",
+    "final_norm/bias": "D",
+    "lm_head/weight": "VD",
+}
+
+Params = dict[str, Any]  # {"embed", "blocks", "final_norm", "lm_head"?}; every leaf of blocks starts with L
+Cache = tuple[ops.LayerCache, ...]  # one per layer
+
+
+def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
+    return {
+        "V": cfg.vocab_size,
+        "C": cfg.block_size,
+        "D": cfg.n_embd,
+        "N": cfg.n_head,
+        "K": cfg.n_kv_head,
+        "H": cfg.head_dim,
+        "F": cfg.mlp_dim,
+        "L": cfg.n_layer,
+    }
+
+
+def _declare(module: nn.Module, name: str, init: nn.initializers.Initializer) -> Array:
+    """Declares a parameter with the shape that AXES gives it, and returns it in the compute dtype."""
+    cfg = module.cfg
+    sizes = axis_sizes(cfg)
+    shape = tuple(sizes[axis] for axis in AXES[f"{module.name}/{name}"])
+    return module.param(name, init, shape, cfg.param_dtype).astype(cfg.compute_dtype)
+
+
+# GPT-2's: every matrix 0.02, the two that write to the residual stream smaller by the root of their number.
+_MATRIX = nn.initializers.normal(0.02)
+
+
+def _residual_matrix(cfg: ModelConfig) -> nn.initializers.Initializer:
+    return nn.initializers.normal(0.02 / (2 * cfg.n_layer) ** 0.5)
+
+
+class RMSNorm(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return ops.rms_norm(x, _declare(self, "weight", nn.initializers.ones), eps=self.cfg.norm_eps)
+
+
+class LayerNorm(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        weight = _declare(self, "weight", nn.initializers.ones)
+        bias = _declare(self, "bias", nn.initializers.zeros) if self.cfg.use_bias else None
+        return ops.layer_norm(x, weight, bias, eps=self.cfg.norm_eps)
+
+
+def norm(cfg: ModelConfig, name: str) -> nn.Module:
+    return (RMSNorm if cfg.use_rmsnorm else LayerNorm)(cfg, name=name)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; `window` is what a kernel must know when it is compiled."""
+
+    cfg: ModelConfig
+    window: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: ops.LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], ops.LayerCache | None]:
+        cfg = self.cfg
+        q, k, v = (_project(self, x, name, "btd,dnh->btnh", _MATRIX) for name in ("q", "k", "v"))
+        if cfg.qk_norm:
+            q, k = norm(cfg, "q_norm")(q), norm(cfg, "k_norm")(k)
+        if cfg.use_rope:
+            inv_freq, scale = ops.rope_frequencies(cfg.head_dim, cfg.rope_theta, _rope_scaling(cfg))
+            q, k = (ops.rope(heads, positions, inv_freq, scale=scale) for heads in (q, k))
+        if cache is None:
+            # A window no shorter than the text is no window, and lets attention take its fastest path.
+            window = self.window if self.window < x.shape[1] else None
+            out = ops.attention(q, k, v, window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
+        else:
+            cache, k, v, mask = ops.update_layer_cache(cache, k, v, positions, window=self.window)
+            out = ops.masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, softcap=cfg.attn_softcap)
+        return _project(self, out, "o", "btnh,nhd->btd", _residual_matrix(cfg)), cache
+
+
+def _project(module: nn.Module, x: Array, name: str, equation: str, init: nn.initializers.Initializer) -> Array:
+    y = jnp.einsum(equation, x, _declare(module, name, init), precision=PRECISION)
+    return y + _declare(module, f"{name}_bias", nn.initializers.zeros) if module.cfg.use_bias else y
+
+
+def _rope_scaling(cfg: ModelConfig) -> ops.RopeScaling | None:
+    if cfg.rope_scaling is None:
+        return None
+    return ops.RopeScaling(
+        kind=cfg.rope_scaling,
+        factor=cfg.rope_factor,
+        original_length=cfg.rope_original_length,
+        low_freq_factor=cfg.rope_low_freq_factor,
+        high_freq_factor=cfg.rope_high_freq_factor,
+        beta_fast=cfg.rope_beta_fast,
+        beta_slow=cfg.rope_beta_slow,
+    )
+
+
+# mlp -> (activation, whether a second "gate" projection goes through it and multiplies the first)
+MLPS = {
+    "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
+    "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
+    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),
+    "swiglu": (jax.nn.silu, True),
+    "geglu": (functools.partial(jax.nn.gelu, approximate=True), True),
+}
+
+
+class MLP(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        activation, gated = MLPS[self.cfg.mlp]
+        hidden = _project(self, x, "up", "btd,df->btf", _MATRIX)
+        if gated:
+            hidden = activation(_project(self, x, "gate", "btd,df->btf", _MATRIX)) * hidden
+        else:
+            hidden = activation(hidden)
+        return _project(self, hidden, "down", "btf,fd->btd", _residual_matrix(self.cfg))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    cfg: ModelConfig
+    window: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: ops.LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], ops.LayerCache | None]:
+        cfg = self.cfg
+        dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
+        update, cache = Attention(cfg, self.window, name="attn")(norm(cfg, "attn_norm")(x), positions, cache)
+        x = x + dropout(update)
+        return x + dropout(MLP(cfg, name="mlp")(norm(cfg, "mlp_norm")(x))), cache
+
+
+class Embed(nn.Module):
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        self.tokens = _declare(self, "tokens", _MATRIX)
+        if not self.cfg.use_rope:
+            self.positions = _declare(self, "positions", _MATRIX)
+
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.tokens[tokens]
+        return x if self.cfg.use_rope else x + self.positions[positions]
+
+
+class Head(nn.Module):
+    """An output projection of its own, for `tie_embeddings=False`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        return _declare(self, "weight", _MATRIX)
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer: `apply({"params": params}, tokens) -> (float32 logits, None)`.
+
+    With `use_rope`, a text longer than `block_size` is attended with a window of `block_size`; learned
+    positions have no row for it, and it is a ValueError.
+
+    Args of a call:
+        tokens: ids below vocab_size.
+        positions: of each token in its own text; None: 0..T-1. Negative: padding, which a cache ignores.
+        cache: from `init_cache`; then keys and values are added to it and the new cache is returned.
+        deterministic: False drops activations out, with the "dropout" rng.
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T V"], Cache | None]:
+        cfg = self.cfg
+        if positions is None:
+            if not cfg.use_rope and tokens.shape[1] > cfg.block_size:
+                raise ValueError(f"{tokens.shape[1]} tokens are more than the {cfg.block_size} learned positions")
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        embed = Embed(cfg, name="embed")
+        x = nn.Dropout(cfg.dropout, deterministic=deterministic)(embed(tokens, positions))
+        # One pytree for all blocks, so that a caller may also pass a tuple of per-layer trees (`split_layers`):
+        # decoding then reads each layer's weights where they lie, instead of slicing the stack for every token.
+        if self.has_variable("params", "blocks"):
+            blocks = self.get_variable("params", "blocks")
+        else:
+            blocks = self.param("blocks", functools.partial(_init_blocks, cfg))
+        dropout_key = None if deterministic or not cfg.dropout else self.make_rng("dropout")
+        x, cache = _run_blocks(cfg, blocks, x, positions, cache, dropout_key)
+        x = norm(cfg, "final_norm")(x)
+        output = embed.tokens if cfg.tie_embeddings else Head(cfg, name="lm_head")()
+        logits = jnp.einsum("btd,vd->btv", x, output, precision=PRECISION, preferred_element_type=jnp.float32)
+        if cfg.final_softcap is not None:
+            logits = cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
+        return logits, cache
+
+
+def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
+    """How many tokens each layer of one period sees, itself included."""
+    return tuple(min(cfg.window, cfg.block_size) if kind == "sliding" else cfg.block_size for kind in cfg.layer_types)
+
+
+def _init_blocks(cfg: ModelConfig, key: Array) -> Params:
+    def init(key: Array) -> Params:
+        x = jnp.zeros((1, 1, cfg.n_embd), cfg.compute_dtype)
+        return Block(cfg, cfg.block_size).init(key, x, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    return jax.vmap(init)(jax.random.split(key, cfg.n_layer))
+
+
+def _run_blocks(
+    cfg: ModelConfig,
+    blocks: Params | tuple[Params, ...],
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    cache: Cache | None,
+    dropout_key: Array | None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    windows = layer_windows(cfg)
+    layers = jnp.arange(cfg.n_layer)
+
+    def block(window: int, params: Params, layer: Array, x: Array, cache: Any = None) -> tuple[Array, Any]:
+        rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, layer)}
+        return Block(cfg, window).apply(
+            {"params": params}, x, positions, cache, deterministic=dropout_key is None, rngs=rngs
+        )
+
+    if cache is not None:
+        trees = blocks if isinstance(blocks, tuple) else split_layers(blocks, cfg.n_layer)
+        new_cache = []
+        for layer, params in enumerate(trees):
+            x, layer_cache = block(windows[layer % len(windows)], params, layer, x, cache[layer])
+            new_cache.append(layer_cache)
+        return x, tuple(new_cache)
+
+    if cfg.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+        block = jax.checkpoint(block, policy=policy, static_argnums=0)
+
+    def period(x: Array, xs: tuple[Params, Array]) -> tuple[Array, None]:
+        params, layers = xs
+        for i, window in enumerate(windows):
+            x, _ = block(window, jax.tree.map(lambda leaf: leaf[i], params), layers[i], x)  # noqa: B023
+        return x, None
+
+    if isinstance(blocks, tuple):
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    by_period = jax.tree.map(lambda leaf: leaf.reshape(-1, len(windows), *leaf.shape[1:]), (blocks, layers))
+    n_periods = cfg.n_layer // len(windows)
+    x, _ = jax.lax.scan(period, x, by_period, unroll=n_periods if cfg.layer_execution == "unrolled" else 1)
+    return x, None
+
+
+def split_layers(blocks: Params, n_layer: int) -> tuple[Params, ...]:
+    """The stacked blocks as one tree per layer."""
+    return tuple(jax.tree.map(lambda leaf: leaf[layer], blocks) for layer in range(n_layer))
+
+
+def init_params(cfg: ModelConfig, key: Array) -> Params:
+    """Fresh parameters in `param_dtype`; jit it with `static_argnums=0`."""
+    return Transformer(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
+    """Empty keys and values for `length` tokens a row, per layer no longer than its window."""
+    windows = layer_windows(cfg)
+    return tuple(
+        ops.init_layer_cache(
+            batch, min(length, windows[layer % len(windows)]), cfg.n_kv_head, cfg.head_dim, cfg.compute_dtype
+        )
+        for layer in range(cfg.n_layer)
+    )
+
+
+def param_shapes(cfg: ModelConfig) -> Params:
+    """`jax.ShapeDtypeStruct` of every parameter, with nothing computed."""
+    return jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+
+
+def param_axes(cfg: ModelConfig) -> Params:
+    """The axis letters of every parameter, such as "LDNH", as a tree of the parameters' structure.
+
+    Raises:
+        ValueError: a parameter that AXES does not list.
+    """
+
+    def letters(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> str:
+        keys = [entry.key for entry in path]
+        name = "/".join(keys[-2:])
+        if name not in AXES:
+            raise ValueError(
+                f"parameter {'/'.join(keys)} {leaf.shape} is not in model.AXES; list its axis letters there"
+            )
+        return "L" * (keys[0] == "blocks") + AXES[name]
+
+    return jax.tree_util.tree_map_with_path(letters, param_shapes(cfg))
+
+
+def count_params(cfg: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those outside the token and position embeddings and an untied output projection)."""
+    shapes = param_shapes(cfg)
+    embeddings = [shapes["embed"], shapes.get("lm_head", {})]
+    total, outside = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, embeddings))
+    return total, total - outside

@@ -1,0 +1,96 @@
+"""One optimizer step and one evaluation step: pure functions, ready for jit."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from llm_jax import ops
+from llm_jax.data import Batch
+
+# (params, tokens[B,T], dropout key) -> float32 logits [B,T,V]
+TrainApply = Callable[[Any, Array, Array], Array]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    step: Int[Array, ""]  # finished updates
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_train_step(
+    apply_fn: TrainApply,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulation_steps: int,
+    run_key: Array,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics): mean cross entropy over the batch's mask, one update.
+
+    With accumulation_steps = A the batch is taken in A micro-batches, one after the other; sums of nats and
+    of gradients are divided once, by the whole batch's count, so that uneven masks weigh as in one batch.
+    Metrics, before the update: loss (nats per token), grad_norm (before clipping), learning_rate.
+    """
+
+    def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, Array]:
+        return ops.cross_entropy(apply_fn(params, batch.tokens, key), batch.targets, batch.mask)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(run_key, state.step)
+        if accumulation_steps == 1:
+            (nats, count), grads = grad_fn(state.params, batch, key)
+        else:
+
+            def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
+                micro_batch, i = xs
+                out = grad_fn(state.params, micro_batch, jax.random.fold_in(key, i))
+                return jax.tree.map(jnp.add, total, out), None
+
+            # Rows a, a + A, ... form micro-batch a: each device keeps the rows it has.
+            micro_batches = jax.tree.map(
+                lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+            zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
+            ((nats, count), grads), _ = jax.lax.scan(add, zeros, (micro_batches, jnp.arange(accumulation_steps)))
+        count = jnp.maximum(count, 1)  # a batch with nothing to predict has loss 0, not NaN
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": nats / count,
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return train_step
+
+
+class EvalSums(NamedTuple):
+    """What evaluation adds up over batches: nats / tokens is the loss, nats / (ln 2 * bytes) bits per byte."""
+
+    nats: Float[Array, ""]
+    tokens: Float[Array, ""]
+    bytes: Float[Array, ""]
+
+
+def make_eval_step(
+    apply_fn: Callable[[Any, Array], Array], token_bytes: Int[Array, "V"]
+) -> Callable[[Any, Batch], EvalSums]:
+    """(params, batch) -> EvalSums. `token_bytes`: UTF-8 bytes that each token stands for, 0 for special ones."""
+
+    def eval_step(params: Any, batch: Batch) -> EvalSums:
+        nats, tokens = ops.cross_entropy(apply_fn(params, batch.tokens), batch.targets, batch.mask)
+        return EvalSums(nats, tokens, jnp.sum(jnp.asarray(token_bytes)[batch.targets] * batch.mask))
+
+    return eval_step
