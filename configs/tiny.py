@@ -1,0 +1,23 @@
+"""A model for tests: two layers, 32 wide; seconds to train.
+
+python -m llm_jax.main --config=configs/tiny.py
+"""
+
+from llm_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.model.n_embd = 32
+    config.model.n_head = 4
+    config.model.n_layer = 2
+    config.model.block_size = 32
+    config.data.tokenizer = "byte"
+    config.optim.peak_lr = 3e-3
+    config.optim.warmup_steps = 10
+    config.train.batch_size = 8
+    config.train.num_steps = 60
+    config.train.eval_every = 20
+    config.train.eval_batches = 4
+    config.train.save_every = 20
+    return config

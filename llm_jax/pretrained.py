@@ -1,0 +1,60 @@
+"""A path that holds a model -> (config, parameters, tokenizer)."""
+
+import json
+from pathlib import Path
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from llm_jax import checkpoint, model
+from llm_jax.config import Config, as_dict, freeze
+from llm_jax.errors import InputError
+from llm_jax.tokenizers import Tokenizer, load_tokenizer
+
+
+def read_config(workdir: str | Path) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+        InputError: the folder is not there, or holds no run.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        what = "holds no run (it has no config.json)" if Path(workdir).is_dir() else "is not there"
+        raise InputError(f"workdir {str(workdir)!r} {what}; give the folder that training wrote, such as runs/small")
+    try:
+        return freeze(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a run's config: {error}") from None
+
+
+def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, model.Params, Tokenizer]:
+    """Config, parameters on the first device, and tokenizer of a run.
+
+    Args:
+        step: "best" (by val_loss) | "last" | a number.
+    """
+    cfg = read_config(workdir)
+    tokenizer = load_tokenizer(Path(workdir) / "tokenizer.json")
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise InputError(f"run {str(workdir)!r} has no checkpoint yet; let it reach its first one (train.save_every)")
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        model.param_shapes(cfg.model),
+    )
+    with checkpoint.open_checkpoints(folder, create=False) as manager:
+        restored = checkpoint.restore(manager, checkpoint.pick_step(manager, step), {"params": like})
+    return cfg, restored["params"], tokenizer
+
+
+def write_run(workdir: str | Path, cfg: Config, tokenizer: Tokenizer) -> None:
+    """Writes what identifies a run: config.json and tokenizer.json."""
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(workdir)
+    # The config last, and whole: a folder that has it is a run.
+    whole = workdir / "config.json.tmp"
+    whole.write_text(json.dumps(as_dict(cfg), indent=2) + "\n")
+    whole.replace(workdir / "config.json")

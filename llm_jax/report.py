@@ -1,0 +1,99 @@
+"""What a run tells: the live line on standard error, metrics.jsonl, loss.png."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm.auto import tqdm
+
+
+class Report:
+    """One run's metrics.jsonl and progress line.
+
+    Opening it for a run that continues after `first_step` finished updates cuts the lines beyond that step
+    and a finished run's last line, so that the file reads as if the run had never stopped.
+    """
+
+    def __init__(self, workdir: Path, *, first_step: int, num_steps: int) -> None:
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(workdir) if line["step"] <= first_step and "val_loss_full" not in line]
+        self.seconds_before = max((line.get("wall_seconds", 0.0) for line in kept), default=0.0)
+        whole = self._path.with_suffix(".tmp")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        whole.replace(self._path)
+        self._file = self._path.open("a")
+        self._start, self._first_step = time.monotonic(), first_step
+        # A terminal or a notebook gets one live line, anything else (a log file) a plain line a log.
+        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            disable=not self._live,
+            bar_format="step {n_fmt}/{total_fmt} |{bar:20}|{postfix}",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line to metrics.jsonl, at once on disk's way: a killed run has all that it printed."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def progress(self, step: int, line: Mapping[str, float]) -> None:
+        """Shows a training line, with the time left at the pace of the run's steps so far."""
+        now = time.monotonic()
+        left = (now - self._start) / max(step - self._first_step, 1) * (self._bar.total - step)
+        text = (
+            f"loss {line['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | "
+            f"{int(left) // 60}:{int(left) % 60:02d} left"
+        )
+        if self._live:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+        else:
+            say(f"step {step}/{self._bar.total} | {text}")
+
+
+def say(text: str) -> None:
+    """A line of talk on standard error, above the live line."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, up to the first that a kill left half written."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def plot_losses(workdir: str | Path) -> None:
+    """Draws loss.png beside metrics.jsonl: training and validation loss by step."""
+    from matplotlib.figure import Figure  # half a second to import, and needed only here
+
+    lines = read_metrics(workdir)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(Path(workdir) / "loss.png", dpi=120)
