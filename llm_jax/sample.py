@@ -1,0 +1,54 @@
+"""Text from a model: python -m llm_jax.sample --workdir=runs/small --prompt="def " --temperature=0.8 --top_p=0.95
+
+Standard output holds the text alone, each sample ending with a newline.
+"""
+
+import json
+
+from absl import flags as absl_flags
+
+from llm_jax import flags
+from llm_jax.config import SampleConfig, check_sampling
+from llm_jax.errors import InputError
+
+_WORKDIR = absl_flags.DEFINE_string("workdir", None, "Folder of a run.")
+_STEP = absl_flags.DEFINE_string("step", "best", "Checkpoint: best (by val_loss), last, or a number.")
+_PROMPT = absl_flags.DEFINE_string("prompt", SampleConfig.prompt, "Text to continue.")
+_MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", SampleConfig.max_new_tokens, "Tokens to add.")
+_TEMPERATURE = absl_flags.DEFINE_float("temperature", SampleConfig.temperature, "0 is greedy.")
+_TOP_K = absl_flags.DEFINE_integer("top_k", SampleConfig.top_k, "Keep the k likeliest tokens. Default: all.")
+_TOP_P = absl_flags.DEFINE_float(
+    "top_p", SampleConfig.top_p, "Keep the likeliest tokens of probability p. Default: all."
+)
+_SEED = absl_flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Continuations of the prompt.", lower_bound=1)
+_LONG_PROMPT = absl_flags.DEFINE_enum("long_prompt", "keep_tail", ["keep_tail", "error"], "Past the context.")
+_JSON = absl_flags.DEFINE_bool("json", False, "One JSON string a line.")
+
+
+def main() -> None:
+    if _WORKDIR.value is None:
+        raise InputError("no --workdir given; for example --workdir=runs/small")
+    request = dict(
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+    )
+    check_sampling(**request)  # before the model is loaded
+    from llm_jax.language_model import load
+
+    language_model = load(_WORKDIR.value, step=_STEP.value)
+    texts = language_model.samples(
+        _PROMPT.value,
+        num_samples=_NUM_SAMPLES.value,
+        seed=_SEED.value,
+        long_prompt=_LONG_PROMPT.value,
+        **request,
+    )
+    for text in texts:
+        print(json.dumps(text) if _JSON.value else text)
+
+
+if __name__ == "__main__":
+    flags.run(main)
