@@ -1,0 +1,43 @@
+"""Pure functions of arrays: importable into anyone's JAX code, and each file can be lifted alone.
+
+Letters used in every shape of the package:
+
+    B batch            T query time      S key time       N query heads    K key/value heads
+    G = N // K         H head dim        D model width    F MLP width      V vocabulary
+    L layers           R rotated channel pairs of a head (R <= H/2)
+
+Arrays are positional, everything else is keyword-only. Reductions, softmax, norms and angles are
+computed in float32 and the caller's dtype is returned. A float32 product is a float32 product on
+every platform: accelerators would otherwise round its operands to bfloat16 or TF32.
+
+The functions `rope` and `attention` win over the submodules of the same name; the modules themselves
+are `sys.modules["llm_jax.ops.rope"]`.
+"""
+
+from llm_jax.ops.attention import MASK_VALUE, attention, masked_attention
+from llm_jax.ops.kv_cache import LayerCache, init_layer_cache, update_layer_cache
+from llm_jax.ops.losses import cross_entropy
+from llm_jax.ops.norms import layer_norm, rms_norm
+from llm_jax.ops.rope import RopeScaling, apply_rope, precompute_freqs_cis, rope, rope_frequencies
+from llm_jax.ops.sampling import draw, min_p_mask, top_k_mask, top_p_mask
+
+__all__ = [
+    "MASK_VALUE",
+    "LayerCache",
+    "RopeScaling",
+    "apply_rope",
+    "attention",
+    "cross_entropy",
+    "draw",
+    "init_layer_cache",
+    "layer_norm",
+    "masked_attention",
+    "min_p_mask",
+    "precompute_freqs_cis",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "top_k_mask",
+    "top_p_mask",
+    "update_layer_cache",
+]
