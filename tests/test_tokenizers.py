@@ -1,0 +1,258 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llm_jax.errors import InputError
+from llm_jax.tokenizers import (
+    END_OF_TEXT,
+    _byte_alphabet,
+    byte_tokenizer,
+    char_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+
+CODE = "class A:\n    def name(self, x):\n        return x + 10\n\n\ndef other():\r\n\tpass\n" * 50
+TEXT = CODE + "naïve Ünïcödé ▁ 日本語 🙂 don't\n"
+
+CHAR = char_tokenizer(TEXT)
+BYTE = byte_tokenizer()
+BPE = train_bpe([TEXT], 300)
+KINDS = pytest.mark.parametrize("tokenizer", [CHAR, BYTE, BPE], ids=["char", "byte", "bpe"])
+
+# Surrogates are no text: UTF-8 has no bytes for them.
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT)
+@example(f"a {END_OF_TEXT} b {END_OF_TEXT}")
+@example("\r\n\r\n  \t x  # y \r z\x00\ufeff\u2028 \u3000")
+@example("e\u0301 \ufb01 \u00c5 \u212b")  # what a Unicode normalization would change
+def test_byte_and_bpe_round_trips_are_exact_on_any_unicode(text):
+    for tokenizer in (BYTE, BPE):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert BYTE.encode(text) == list(text.encode())
+
+
+@given(st.text(sorted(set(TEXT))))
+def test_char_round_trip(text):
+    ids = CHAR.encode(text)
+    assert len(ids) == len(text) and CHAR.decode(ids) == text
+    assert CHAR.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_char_ids_are_sorted_characters():
+    tokenizer = char_tokenizer("banana\n")
+    assert tokenizer.vocab_size == 4
+    assert tokenizer.encode("\nabn") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["xé", "x\ud800"])
+def test_char_outside_the_vocabulary_is_named(text):
+    with pytest.raises(InputError) as error:
+        char_tokenizer("xyz").encode(text)
+    message = str(error.value)
+    assert ascii(text[1]) in message and f"U+{ord(text[1]):04X}" in message and "bpe" in message
+    assert "\n" not in message
+
+
+def test_half_a_surrogate_pair_is_a_clear_error():
+    for tokenizer in (BYTE, BPE):
+        with pytest.raises(InputError, match="surrogate"):
+            tokenizer.encode("a\ud800")
+
+
+@pytest.mark.parametrize("ids, text", [([0xFF, 0x41], "\ufffdA"), ([0xE2, 0x82], "\ufffd")])
+def test_invalid_utf8_decodes_to_the_replacement_character(ids, text):
+    assert BYTE.decode(ids) == text == bytes(ids).decode(errors="replace")
+
+
+@KINDS
+def test_decode_takes_numpy_ids(tokenizer):
+    assert tokenizer.decode(np.asarray(tokenizer.encode("def name"), np.int32)) == "def name"
+
+
+@KINDS
+def test_encode_batch_is_encode_of_each(tokenizer):
+    texts = ["def name", "", "class A:\n    pass"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+@KINDS
+def test_saved_file_means_the_same_to_the_tokenizers_library(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    library = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = library.encode(TEXT).ids
+    assert ids == tokenizer.encode(TEXT)
+    assert library.decode(ids) == TEXT
+
+
+@KINDS
+def test_load_gives_back_what_was_saved(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        loaded = load_tokenizer(path)
+        assert loaded.fingerprint() == tokenizer.fingerprint()
+        assert loaded.vocab_size == tokenizer.vocab_size
+        assert (loaded.bos_id, loaded.eos_id, loaded.add_bos) == (tokenizer.bos_id, tokenizer.eos_id, False)
+        assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+    assert load_tokenizer(tmp_path).encode_batch([TEXT]) == [tokenizer.encode(TEXT)]
+
+
+def test_fingerprints_differ():
+    kinds = [CHAR, BYTE, BPE, char_tokenizer("ab"), char_tokenizer("abc"), train_bpe([TEXT], 290)]
+    assert len({tokenizer.fingerprint() for tokenizer in kinds}) == len(kinds)
+
+
+def test_transformers_opens_the_saved_folder(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers not installed")
+    BPE.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert theirs.bos_token == theirs.eos_token == END_OF_TEXT
+    assert theirs.eos_token_id == BPE.eos_id
+    text = TEXT + END_OF_TEXT
+    assert theirs.encode(text, add_special_tokens=False) == BPE.encode(text)
+    assert theirs.decode(BPE.encode(TEXT)) == TEXT
+
+
+def test_special_tokens():
+    assert CHAR.bos_id is CHAR.eos_id is BYTE.bos_id is BYTE.eos_id is None
+    assert BPE.bos_id == BPE.eos_id is not None
+    assert not (CHAR.add_bos or BYTE.add_bos or BPE.add_bos)
+    assert BPE.token_bytes()[BPE.eos_id] == 0
+    assert BPE.decode([BPE.eos_id, *BPE.encode("x"), BPE.eos_id]) == "x"
+    assert BPE.eos_id not in BPE.encode(END_OF_TEXT)  # a text can't forge the end of a document
+
+
+def test_special_token_text_stays_text_after_load(tmp_path):
+    BPE.save(tmp_path)
+    ids = load_tokenizer(tmp_path).encode(END_OF_TEXT)
+    assert ids == BPE.encode(END_OF_TEXT) and len(ids) > 1
+
+
+def test_bpe_keeps_indentation_with_the_line_break():
+    (ids,) = BPE.encode_batch(["\n        "])
+    assert len(ids) == 1
+    # A prompt that ends in a space is tokenized as the text it begins.
+    whole = BPE.encode("def name(self")
+    prompt = BPE.encode("def ")
+    assert whole[: len(prompt)] == prompt
+
+
+def test_bpe_vocab_size_is_exact_and_holds_every_byte():
+    assert BPE.vocab_size == 300
+    smallest = train_bpe(["aaaa"], 257)
+    assert smallest.vocab_size == 257
+    assert sorted(smallest.token_bytes()) == [0] + [1] * 256
+    with pytest.raises(InputError, match=r"vocab_size \(256\) must be at least 257.*byte"):
+        train_bpe(["aaaa"], 256)
+
+
+def test_alphabet_is_the_library_s():
+    assert sorted(_byte_alphabet()) == sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_bpe_training_is_the_same_in_every_process():
+    program = (
+        "import sys; from llm_jax.tokenizers import train_bpe;"
+        "print(train_bpe([sys.stdin.read()], 300).fingerprint())"
+    )
+    for hash_seed in "12":
+        found = subprocess.run(
+            [sys.executable, "-c", program],
+            input=TEXT,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        assert found.stdout.strip() == BPE.fingerprint()
+
+
+def foreign(folder: Path, added: list[str], config: dict | None = None, bos_first: str | None = None) -> Path:
+    """A tokenizer.json such as other tools write: special tokens are parsed, some put BOS first."""
+    backend = hf.Tokenizer.from_str(BYTE.backend.to_str())
+    backend.add_special_tokens(added)
+    backend.enable_truncation(3)
+    backend.enable_padding(length=3, pad_id=0)
+    if bos_first:
+        backend.post_processor = hf.processors.TemplateProcessing(
+            single=f"{bos_first} $A", special_tokens=[(bos_first, backend.token_to_id(bos_first))]
+        )
+    backend.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    "added, config, bos, eos",
+    [
+        (["<|endoftext|>"], None, 256, 256),
+        (["<s>", "</s>"], None, 256, 257),
+        (["<|end_of_text|>", "<|begin_of_text|>"], None, 257, 256),
+        (["<bos>", "<eos>"], {}, 256, 257),
+        (["<a>", "<b>"], None, None, None),
+        (["<a>", "<b>", "<s>"], {"bos_token": "<a>", "eos_token": {"content": "<b>"}}, 256, 257),
+        (["<|endoftext|>"], {"bos_token": None, "eos_token": "<|endoftext|>"}, None, 256),
+    ],
+)
+def test_bos_and_eos_of_a_foreign_tokenizer(added, config, bos, eos, tmp_path):
+    tokenizer = load_tokenizer(foreign(tmp_path, added, config))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+    assert not tokenizer.add_bos
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.bos_id, again.eos_id) == (bos, eos)
+
+
+@pytest.mark.parametrize("config, add_bos", [(None, True), ({"add_bos_token": False}, False)])
+def test_add_bos_of_a_foreign_tokenizer(config, add_bos, tmp_path):
+    tokenizer = load_tokenizer(foreign(tmp_path, ["<s>", "</s>"], config, bos_first="<s>"))
+    assert tokenizer.add_bos is add_bos
+    assert tokenizer.encode("abcdef") == list(b"abcdef")  # no BOS, not cut to 3
+    assert tokenizer.encode("a") == list(b"a")  # not filled up to 3
+    assert tokenizer.encode("a<s>") == [97, 256]
+    assert tokenizer.token_bytes()[256] == 0
+
+
+def test_token_bytes_of_a_sentencepiece_tokenizer(tmp_path):
+    vocab = ["<s>", "▁", "▁a", "é", "<0x0A>"]
+    backend = hf.Tokenizer(hf.models.BPE({token: i for i, token in enumerate(vocab)}, [], byte_fallback=True))
+    backend.add_special_tokens(["<s>"])
+    backend.decoder = hf.decoders.Sequence(
+        [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).token_bytes().tolist() == [0, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "can't be read"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "no JSON object"),
+        (b'{"a": 1}', "is not a tokenizer.json"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer(content, message, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    if content is not None:
+        file.write_bytes(content)
+    for path in (file, tmp_path):
+        with pytest.raises(InputError, match=message) as error:
+            load_tokenizer(path)
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
