@@ -12,6 +12,7 @@ import runpy
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -159,23 +160,60 @@ def default() -> ConfigDict:
 def load_file(path: str) -> ConfigDict:
     """The ConfigDict that a config file's `get_config()` returns. The file is Python, and is run."""
     try:
-        namespace = runpy.run_path(path)
+        Path(path).read_bytes()  # apart, since the file's own code may raise OSError too
     except OSError as error:
         raise InputError(
             f"config file {path!r} cannot be read ({error.strerror}); see configs/ for examples"
         ) from None
+    try:
+        namespace = runpy.run_path(path)
+    except SyntaxError as error:
+        raise InputError(f"config file {path!r} line {error.lineno} is not Python ({error.msg}); correct it") from None
     if "get_config" not in namespace:
         raise InputError(f"config file {path!r} has no get_config(); see configs/small.py")
     try:
-        return namespace["get_config"]()
-    except AttributeError as error:  # ml_collections' answer to a key that the locked default does not have
-        key = re.match(r"\W*KeyError\W+Key \"(\w+)\" does not exist|Key \"(\w+)\" does not exist", str(error))
-        if key is None:
-            raise
-        raise InputError(f"config file {path!r}: {_unknown(key[1] or key[2], _all_keys())}") from None
+        config = namespace["get_config"]()
+    except (AttributeError, TypeError) as error:  # ml_collections' answers to an unknown key and a wrong type
+        message = str(error)
+        key = re.search(r'Key "(\w+)" does not exist|Did you mean "\w+" instead of "(\w+)"', message)
+        if key:
+            known = [*_all_keys(), *(group.name for group in dataclasses.fields(Config))]
+            raise InputError(f"config file {path!r}: {_unknown(key[1] or key[2], known)}") from None
+        if message.startswith("Could not override field"):
+            raise InputError(f"config file {path!r}: {message}") from None
+        raise
+    if not isinstance(config, ConfigDict) or not set(default()) <= set(config):
+        raise InputError(
+            f"get_config() in config file {path!r} must return a changed llm_jax.config.default(), not a "
+            f"{type(config).__name__}; see configs/small.py"
+        )
+    return config
 
 
-def freeze(config: Mapping[str, Any]) -> Config:
+def override(config: ConfigDict, assignments: Iterable[str]) -> None:
+    """Sets keys from a command line's "optim.peak_lr=3e-4", each text read by the type of its key.
+
+    "None" is None for a key that may be None; a tuple is written full,sliding or ('full', 'sliding').
+
+    Raises:
+        InputError: unknown key (with the nearest right one), a text that is not of the key's type.
+    """
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        check_keys([key])
+        group, name = key.split(".")
+        field = getattr(Config, group).__dataclass_fields__[name]
+        try:
+            config[group][name] = _parsed(text, field)
+        except ValueError:
+            kind, optional = _field_type(field)
+            raise InputError(
+                f"{key} ({text!r}) must be of type {kind.__name__}{' or None' if optional else ''}; "
+                f"write --config.{key}=VALUE"
+            ) from None
+
+
+def freeze(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Checks types, names and rules, fills in what follows from other keys, returns the dataclasses.
 
     Args:
@@ -188,7 +226,9 @@ def freeze(config: Mapping[str, Any]) -> Config:
     _reject_unknown(values, [group.name for group in dataclasses.fields(Config)], prefix="")
     groups = {}
     for group in dataclasses.fields(Config):
-        given = dict(values.get(group.name) or {})
+        given = values.get(group.name) or {}
+        if not isinstance(given, Mapping):
+            raise InputError(f"{group.name} ({given!r}) must be a group of keys")
         _reject_unknown(given, [field.name for field in dataclasses.fields(group.type)], prefix=f"{group.name}.")
         groups[group.name] = group.type(
             **{
@@ -306,6 +346,8 @@ def _model(m: ModelConfig) -> ModelConfig:
 
 def _data(d: DataConfig) -> DataConfig:
     _one_of("data", d, "source", SOURCES)
+    if d.path == "":
+        raise InputError("data.path ('') must be a file, folder or glob; leave it out for data.source's own text")
     if d.path is not None and d.source != "bin":
         d = dataclasses.replace(d, source="text")
     if d.path is None and d.source in ("text", "bin"):
@@ -402,6 +444,19 @@ def _field_type(field: dataclasses.Field) -> tuple[type, bool]:
         kind, _ = typing.get_args(field.type)
         return kind, True
     return typing.get_origin(field.type) or field.type, False
+
+
+def _parsed(text: str, field: dataclasses.Field) -> Any:
+    kind, optional = _field_type(field)
+    if optional and text == "None":
+        return None
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1")
+    if kind is tuple:
+        return tuple(item.strip(" '\"") for item in text.strip("()").split(",") if item.strip())
+    return kind(text)
 
 
 def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:

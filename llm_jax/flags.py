@@ -1,6 +1,7 @@
 """Between the commands and the library: flag parsing, one-line errors, exit codes."""
 
 import difflib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -8,8 +9,9 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from llm_jax.config import check_keys
 from llm_jax.errors import InputError
+
+CONFIG_CHANGES = "config."  # the flag that collects every --config.group.key=value, as "group.key=value"
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
@@ -22,6 +24,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # else jax and orbax tell each of their steps
+        sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding has not
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         try:
             main()
@@ -35,22 +38,29 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """absl's parsing, with `--config.group.key` checked against the known keys and every mistake one line."""
+    """absl's parsing, where every mistake is one line and --config.group.key=value needs no flag of its own."""
     try:
-        check_keys(
-            argument.removeprefix("--").removeprefix("-").partition("=")[0].removeprefix("config.")
-            for argument in argv[1:]
-            if argument.startswith(("--config.", "-config."))
-        )
-        rest = flags.FLAGS(list(argv))
+        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        rest = flags.FLAGS([argv[0], *map(_config_change, arguments)])
         if len(rest) > 1:
             raise InputError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         return rest
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
         _mistake(f"unknown flag --{error.flagname}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
-    except (flags.Error, InputError, OSError, TypeError, ValueError) as error:
+    except (flags.Error, InputError) as error:
         _mistake(error)
+    except SystemExit:  # --help has been printed; absl would leave with a failure's code
+        sys.exit(0)
+
+
+def _config_change(argument: str) -> str:
+    """`--config.key=value`, `--config.key` (true) and `--noconfig.key` (false) as a value of CONFIG_CHANGES."""
+    match = re.fullmatch(r"--?(?:config\.([^=]*)(=.*)?|noconfig\.([^=]*))", argument, re.DOTALL)
+    if match is None or CONFIG_CHANGES not in flags.FLAGS:
+        return argument
+    key, value, false_key = match.groups()
+    return f"--{CONFIG_CHANGES}=" + (f"{key}{value or '=True'}" if false_key is None else f"{false_key}=False")
 
 
 def _mistake(error: Exception | str) -> NoReturn:

@@ -113,7 +113,7 @@ class LanguageModel:
         pretrained.write_run(path, self.config, self.tokenizer)
 
     def _continue_texts(self, texts: Sequence[str], numbers: Sequence[int], **request: Any) -> list[str]:
-        prompts = [self._encode_prompt(text) for text in texts]
+        prompts = [self.encode_prompt(text) for text in texts]
         continued = self._continue(prompts, numbers, **request)
         return [
             _join(text, self.tokenizer.decode(prompt), self.tokenizer.decode(prompt + new))
@@ -173,7 +173,8 @@ class LanguageModel:
         rows, ends = np.asarray(out.tokens), np.asarray(out.lengths)
         return [row[start:end].tolist() for row, start, end in zip(rows, lengths, ends, strict=True)]
 
-    def _encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that `generate` continues, BOS included where the tokenizer says so."""
         tokenizer = self.tokenizer
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         ids = (begin if tokenizer.add_bos else []) + tokenizer.encode(text)

@@ -6,29 +6,33 @@ Run it again to continue where it stopped.
 from pathlib import Path
 
 from absl import flags as absl_flags
-from ml_collections import config_flags
 
 from llm_jax import flags
+from llm_jax.config import load_file, override
 from llm_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.group.key=value changes a key.")
+_CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/small.py.")
+_CHANGES = absl_flags.DEFINE_multi_string(
+    flags.CONFIG_CHANGES, [], "--config.group.key=value changes a key of the config; llm_jax/config.py lists them all."
+)
 _WORKDIR = absl_flags.DEFINE_string(
     "workdir", None, "Folder of the run. Default: runs/<config>, or runs/<config>-<stem of data.path>."
 )
 
 
 def main() -> None:
-    if _CONFIG.value is None:
+    if not _CONFIG.value:
         raise InputError("no --config given; for example --config=configs/small.py")
+    config = load_file(_CONFIG.value)
+    override(config, _CHANGES.value)
     from llm_jax.train import fit  # after the flags: a mistake in them is told without loading jax
 
-    fit(_CONFIG.value, workdir=_WORKDIR.value or _default_workdir())
+    fit(config, workdir=_WORKDIR.value or _default_workdir(config.data.path))
 
 
-def _default_workdir() -> Path:
-    name = Path(config_flags.get_config_filename(absl_flags.FLAGS["config"])).stem
-    path = _CONFIG.value.data.path
-    return Path("runs") / (f"{name}-{Path(path).stem}" if path else name)
+def _default_workdir(data_path: str | None) -> Path:
+    name = Path(_CONFIG.value).stem
+    return Path("runs") / (f"{name}-{Path(data_path).resolve().stem}" if data_path else name)
 
 
 if __name__ == "__main__":

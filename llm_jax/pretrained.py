@@ -52,8 +52,13 @@ def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, 
 def write_run(workdir: str | Path, cfg: Config, tokenizer: Tokenizer) -> None:
     """Writes what identifies a run: config.json and tokenizer.json."""
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir)
+    except OSError as error:
+        raise InputError(
+            f"workdir {str(workdir)!r} cannot be written ({error.strerror}); choose another --workdir"
+        ) from None
     # The config last, and whole: a folder that has it is a run.
     whole = workdir / "config.json.tmp"
     whole.write_text(json.dumps(as_dict(cfg), indent=2) + "\n")

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -35,7 +35,7 @@ class Report:
             bar_format="step {n_fmt}/{total_fmt} |{bar:20}|{postfix}",
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *error: Any) -> None:

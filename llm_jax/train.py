@@ -61,6 +61,10 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     if (workdir / "config.json").exists():
         _check_same_run(pretrained.read_config(workdir), cfg, workdir)
     tokenizer, token_bytes = corpus.tokenizer, corpus.tokenizer.token_bytes()
+    try:
+        LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
+    except InputError as error:  # now, and not when the training is done
+        raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}") from None
     shape = dict(block_size=cfg.model.block_size, batch_size=cfg.train.batch_size)
     batches = data.train_batches(corpus.train, **shape, seed=cfg.train.seed)
     val_part = data.eval_batches(corpus.val, **shape, max_batches=cfg.train.eval_batches)
@@ -88,7 +92,8 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         try:
             with Report(workdir, first_step=first_step, num_steps=num_steps) as report:
                 clock = _Clock(report.seconds_before, first_step)
-                profiled = range(min(first_step + 11, num_steps), first_step + 11 + cfg.train.profile_steps)
+                profile_start = min(first_step + 11, num_steps)
+                profiled = range(profile_start, profile_start + cfg.train.profile_steps)
                 with _stop_signals() as stop, contextlib.ExitStack() as trace:
                     for step in range(first_step + 1, num_steps + 1):
                         due = functools.partial(_is_due, step, num_steps)
@@ -121,6 +126,8 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
                             _print_sample(LanguageModel(cfg, state.params, tokenizer))
                         if step == first_step + 1 or val_loss is not None or due(cfg.train.sample_every):
                             clock.restart(step)  # compiling, evaluating and sampling are not training speed
+                if stop.signum:  # it came while the last step was evaluated and saved
+                    raise Stopped(stop.signum, num_steps, workdir)
 
                 val_loss, bits_per_byte = _evaluate(eval_fn, state.params, map(put, val_whole))
                 report.log(num_steps, {"val_loss_full": val_loss, "bits_per_byte_full": bits_per_byte})
@@ -162,7 +169,7 @@ def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> 
     axes = model.param_axes(cfg.model)
     optimizer = optim.make_optimizer(cfg.optim, num_steps=cfg.train.num_steps, axes=axes)
     schedule = optim.make_schedule(cfg.optim, num_steps=cfg.train.num_steps)
-    network = model.Transformer(cfg.model)
+    network = model.Transformer(model.for_platform(cfg.model, mesh.devices.flat[0].platform))
     init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
 
     def init() -> train_step.TrainState:

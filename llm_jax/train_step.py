@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -85,7 +86,7 @@ class EvalSums(NamedTuple):
 
 
 def make_eval_step(
-    apply_fn: Callable[[Any, Array], Array], token_bytes: Int[Array, "V"]
+    apply_fn: Callable[[Any, Array], Array], token_bytes: Int[np.ndarray, "V"]
 ) -> Callable[[Any, Batch], EvalSums]:
     """(params, batch) -> EvalSums. `token_bytes`: UTF-8 bytes that each token stands for, 0 for special ones."""
 
