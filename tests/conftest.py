@@ -1,0 +1,147 @@
+"""8 fake CPU devices, annotations of shape and type checked, a tiny config, and no silent skips in CI."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import beartype
+import jax
+import jaxtyping
+import pytest
+
+# By jax.config and not by XLA_FLAGS, so that processes which a test starts see the machine as it is.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+# Every `fit` compiles functions of its own, mostly the same as the last one's: a quarter of the time this way.
+_compiled = tempfile.TemporaryDirectory(prefix="llm_jax_compiled_")
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+check_types = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as typing says
+jaxtyping.install_import_hook("llm_jax", "conftest.check_types")
+
+REPOSITORY = Path(__file__).parents[1]
+
+# What may be missing on a CI machine. Any other skip there is a test that silently stopped testing.
+ALLOWED_SKIPS = (r"no GPU", r"no TPU", r"\S+ (is )?not installed", r"extra not installed", r"LLM_JAX_ASSETS (is )?not set")
+_other_skips: list[str] = []
+
+
+def _note_skip(report):
+    if report.skipped and isinstance(report.longrepr, tuple):  # an expected failure has another longrepr
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(re.match(allowed, reason) for allowed in ALLOWED_SKIPS):
+            _other_skips.append(f"{report.nodeid}: {reason}")
+
+
+pytest_runtest_logreport = pytest_collectreport = _note_skip
+
+
+def pytest_sessionfinish(session):
+    if os.environ.get("CI") and _other_skips:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if os.environ.get("CI") and _other_skips:
+        terminalreporter.section("CI fails: skips for a reason that tests/conftest.py does not list", red=True)
+        for line in _other_skips:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """`jax.devices()` is the first device alone: as most machines are, and faster than 8 fakes on 2 cores."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda backend=None: first)
+
+
+def sentences(seed: int, num_bytes: int) -> str:
+    """A text with something to learn in it, not all of it ASCII, the same for the same seed."""
+    rng = random.Random(seed)
+    words = "the a cat dog bird naïve sees hears likes small old → ☕ quick".split()
+    text = ""
+    while len(text.encode()) < num_bytes:
+        text += " ".join(rng.choices(words, k=rng.randint(3, 8))) + ".\n"
+    return text
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A text file of 12 kB."""
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text(sentences(0, 12_000), encoding="utf-8")
+    return path
+
+
+def tiny_config(text: Path, cache: Path, **changes):
+    """configs/tiny.py's shape on `text`, 6 steps; `changes` as {"model.n_layer": 4} or model={"n_layer": 4}."""
+    from llm_jax.config import default
+
+    config = default()
+    config.update(
+        {
+            "model": dict(n_embd=32, n_head=4, n_layer=2, block_size=32),
+            "data": dict(path=str(text), tokenizer="byte", cache_dir=str(cache)),
+            "optim": dict(peak_lr=3e-3, warmup_steps=2),
+            "train": dict(batch_size=8, num_steps=6, eval_every=3, eval_batches=2, save_every=2, log_every=1),
+            "sample": dict(prompt="the ", max_new_tokens=8),
+        }
+    )
+    for name, value in changes.items():
+        config.update_from_flattened_dict({name: value}) if "." in name else config.update({name: value})
+    return config
+
+
+@pytest.fixture
+def tiny(tiny_text, tmp_path):
+    """`tiny(**{"model.n_layer": 4})`: a ConfigDict, its token cache in this test's folder."""
+    return lambda **changes: tiny_config(tiny_text, tmp_path / "cache", **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_text, tmp_path_factory) -> Path:
+    """The folder of a finished run of 60 steps, for tests that only read it."""
+    from llm_jax.train import fit
+
+    folder = tmp_path_factory.mktemp("tiny_run")
+    every = {"train.num_steps": 60, "train.eval_every": 20, "train.save_every": 20, "train.log_every": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda backend=None, first=jax.devices()[:1]: first)
+        fit(tiny_config(tiny_text, folder / "cache", **every), workdir=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def clean_env() -> dict[str, str]:
+    """The environment for a child process: this checkout's llm_jax, and no fake devices unless it asks for them."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    paths = [str(REPOSITORY), *filter(None, [env.get("PYTHONPATH")])]
+    return env | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture
+def run_python(clean_env, tmp_path):
+    """`run_python(*arguments, **environment)`: python in a process of its own, in this test's folder."""
+
+    def run(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=clean_env | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
