@@ -168,7 +168,9 @@ def load_file(path: str) -> ConfigDict:
     try:
         namespace = runpy.run_path(path)
     except SyntaxError as error:
-        raise InputError(f"config file {path!r} line {error.lineno} is not Python ({error.msg}); correct it") from None
+        raise InputError(
+            f"config file {path!r} line {error.lineno} is not Python ({error.msg}); correct it"
+        ) from None
     if "get_config" not in namespace:
         raise InputError(f"config file {path!r} has no get_config(); see configs/small.py")
     try:

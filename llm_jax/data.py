@@ -47,7 +47,10 @@ PIECE_BYTES = 1 << 16
 BATCH_BYTES = 1 << 20  # encoded at once, over all cores; takes up to 350 bytes of memory per byte of text
 BPE_TRAINING_BYTES = 256 << 20  # more text does not change a vocabulary of this size noticeably
 
-STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# encodings and pydoc_data are generated: character tables and help text, a fifth of the bytes and no code.
+STDLIB_SKIPPED_FOLDERS = set(
+    "site-packages dist-packages test tests idle_test __pycache__ encodings pydoc_data".split()
+)
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT_SECONDS = 10
@@ -368,26 +371,18 @@ def _parquet_documents(file: Path) -> Iterator[bytes]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(
-            f"{file} needs pyarrow to be read; install it with pip install 'llm_jax[parquet]'"
-        ) from None
+        raise InputError(f"{file} needs pyarrow to be read; install it with pip install 'llm_jax[parquet]'") from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             if "text" not in table.schema_arrow.names:
-                raise InputError(
-                    f"{file} has no column text, only {', '.join(table.schema_arrow.names)}; rename one"
-                )
+                raise InputError(f"{file} has no column text, only {', '.join(table.schema_arrow.names)}; rename one")
             for rows in table.iter_batches(batch_size=256, columns=["text"]):
                 for text in rows.column(0).to_pylist():
                     if text is not None and not isinstance(text, str):
-                        raise InputError(
-                            f"{file} column text holds {type(text).__name__}, not strings; convert it"
-                        )
+                        raise InputError(f"{file} column text holds {type(text).__name__}, not strings; convert it")
                     yield (text or "").encode()
     except pyarrow.ArrowException as error:
-        raise InputError(
-            f"{file} is no parquet file ({str(error).splitlines()[0]}); check the file"
-        ) from None
+        raise InputError(f"{file} is no parquet file ({str(error).splitlines()[0]}); check the file") from None
 
 
 # Files that hold many documents: suffix -> generator of their UTF-8 texts. Any other file is one document.
@@ -470,9 +465,7 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> N
     with (
         open(folder / "train.bin", "wb") as train,
         open(folder / "val.bin", "wb") as val,
-        tqdm(
-            total=text.num_bytes, desc="tokenize", unit="B", unit_scale=True, disable=None, leave=False
-        ) as bar,
+        tqdm(total=text.num_bytes, desc="tokenize", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         outputs = {"train": train, "val": val}
         for group in _groups(_split_pieces(text.files, border)):
@@ -491,9 +484,7 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> N
 
 def _prepare_shards(cfg: DataConfig, cache: Path) -> Corpus:
     if cfg.path is None:
-        raise InputError(
-            "data.path is not set; data.source=bin needs a .bin file, a folder or a glob of them"
-        )
+        raise InputError("data.path is not set; data.source=bin needs a .bin file, a folder or a glob of them")
     if cfg.tokenizer in ("char", "bpe"):
         raise InputError(
             f"data.tokenizer={cfg.tokenizer} can't be used with data.source=bin, which has no text; set it "
@@ -550,15 +541,11 @@ def _open_shard(file: Path) -> np.ndarray:
     header = np.fromfile(file, "<i4", count=3)
     if size < LLMC_HEADER_BYTES or header[0] != LLMC_MAGIC:
         if size % 2:
-            raise InputError(
-                f"{file} has {size} bytes, but uint16 tokens take an even number; write it again"
-            )
+            raise InputError(f"{file} has {size} bytes, but uint16 tokens take an even number; write it again")
         return np.memmap(file, "<u2", mode="r")
     version, count = int(header[1]), int(header[2])
     if version != LLMC_VERSION:
-        raise InputError(
-            f"{file} is an llm.c shard of version {version}; only version {LLMC_VERSION} is uint16"
-        )
+        raise InputError(f"{file} is an llm.c shard of version {version}; only version {LLMC_VERSION} is uint16")
     if size != LLMC_HEADER_BYTES + 2 * count:
         raise InputError(
             f"{file} has {size} bytes, but its header promises {count} tokens, which make "

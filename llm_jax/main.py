@@ -13,7 +13,9 @@ from llm_jax.errors import InputError
 
 _CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/small.py.")
 _CHANGES = absl_flags.DEFINE_multi_string(
-    flags.CONFIG_CHANGES, [], "--config.group.key=value changes a key of the config; llm_jax/config.py lists them all."
+    flags.CONFIG_CHANGES,
+    [],
+    "--config.group.key=value changes a key of the config; llm_jax/config.py lists them all.",
 )
 _WORKDIR = absl_flags.DEFINE_string(
     "workdir", None, "Folder of the run. Default: runs/<config>, or runs/<config>-<stem of data.path>."

@@ -169,7 +169,7 @@ def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> 
     axes = model.param_axes(cfg.model)
     optimizer = optim.make_optimizer(cfg.optim, num_steps=cfg.train.num_steps, axes=axes)
     schedule = optim.make_schedule(cfg.optim, num_steps=cfg.train.num_steps)
-    network = model.Transformer(model.for_platform(cfg.model, mesh.devices.flat[0].platform))
+    network = model.Transformer(model.for_mesh(cfg.model, mesh))
     init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
 
     def init() -> train_step.TrainState:

@@ -179,13 +179,14 @@ def test_folder_is_read_recursively_in_order_without_hidden_and_binary_files(fol
             "c/.hidden": b"no",
             ".git/config": b"no",
             "0.png": b"P\0NG",
+            "1.png": b"x" * 3 * data.PIECE_BYTES + b"\0",
             "latin1.txt": b"caf\xe9",
             "nul.txt": b"a\0b",
             "d.any": b"3",
         }
     )
     assert read_bytes(corpus) == b"123"
-    assert "3 of 6 files" in capsys.readouterr().err
+    assert "4 of 7 files" in capsys.readouterr().err
     assert corpus.content_hash == digest(b"1", b"2", b"3")  # nothing of the files passed over
 
 

@@ -147,7 +147,7 @@ def test_bpe_keeps_indentation_with_the_line_break():
     # A prompt that ends in a space is tokenized as the text it begins.
     whole = BPE.encode("def name(self")
     prompt = BPE.encode("def ")
-    assert whole[: len(prompt)] == prompt
+    assert whole[: len(prompt)] == prompt and len(prompt) == 1
 
 
 def test_bpe_vocab_size_is_exact_and_holds_every_byte():

@@ -14,7 +14,7 @@ The functions `rope` and `attention` win over the submodules of the same name; t
 are `sys.modules["llm_jax.ops.rope"]`.
 """
 
-from llm_jax.ops.attention import MASK_VALUE, attention, masked_attention
+from llm_jax.ops.attention import MASK_VALUE, attention, einsum_f32, masked_attention
 from llm_jax.ops.kv_cache import LayerCache, init_layer_cache, update_layer_cache
 from llm_jax.ops.losses import cross_entropy
 from llm_jax.ops.norms import layer_norm, rms_norm
@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "draw",
+    "einsum_f32",
     "init_layer_cache",
     "layer_norm",
     "masked_attention",

@@ -71,10 +71,10 @@ def masked_attention(
     batch, query_time, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, query_time, kv_heads, heads // kv_heads, head_dim)
-    scores = _product("BTKGH,BSKH->BKGTS", grouped, k) * head_dim**-0.5
+    scores = einsum_f32("BTKGH,BSKH->BKGTS", grouped, k) * head_dim**-0.5
     scores = _cap(scores, softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASK_VALUE), axis=-1)
-    out = _product("BKGTS,BSKH->BTKGH", weights.astype(q.dtype), v)
+    out = einsum_f32("BKGTS,BSKH->BTKGH", weights.astype(q.dtype), v)
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -95,8 +95,8 @@ def _check(q, k, *, causal, window, segments, implementation):
         raise ValueError(f"blockwise attention needs S == T, got T={query_time} and S={key_time}")
 
 
-def _product(equation, a, b):
-    """einsum with float32 accumulation and result."""
+def einsum_f32(equation: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two arrays with float32 accumulation and result, whatever their dtype."""
 
     def product(a, b):
         return jnp.einsum(
@@ -165,7 +165,7 @@ def _blockwise_forward(q, k, v, segments, static):
             highest = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - highest)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            out = _product("bgts,bsh->bgth", weights.astype(v.dtype), _cut(v, at, keys, 1)) / total
+            out = einsum_f32("bgts,bsh->bgth", weights.astype(v.dtype), _cut(v, at, keys, 1)) / total
             return carry, (out.astype(q.dtype), (highest + jnp.log(total))[..., 0])
 
         return _over_blocks(one_block, (), _runs(padded // block, block, static), block)[1]
@@ -191,13 +191,13 @@ def _blockwise_backward(static, residuals, d_out):
             k_i, v_i = _cut(k, at, keys, 1), _cut(v, at, keys, 1)
             scores, visible = _scores(q_i, k, segments, start, at, keys, time, static)
             weights = jnp.where(visible, jnp.exp(scores - lse_i[..., None]), 0.0)
-            d_scores = weights * (_product("bgth,bsh->bgts", d_out_i, v_i) - delta_i)
+            d_scores = weights * (einsum_f32("bgth,bsh->bgts", d_out_i, v_i) - delta_i)
             if static.softcap is not None:
                 d_scores *= 1 - jnp.square(scores / static.softcap)
             d_scores = (d_scores * q.shape[-1] ** -0.5).astype(q.dtype)
-            dk = _add_at(dk, _product("bgts,bgth->bsh", d_scores, q_i), at)
-            dv = _add_at(dv, _product("bgts,bgth->bsh", weights.astype(q.dtype), d_out_i), at)
-            return (dk, dv), (_product("bgts,bsh->bgth", d_scores, k_i).astype(q.dtype),)
+            dk = _add_at(dk, einsum_f32("bgts,bgth->bsh", d_scores, q_i), at)
+            dv = _add_at(dv, einsum_f32("bgts,bgth->bsh", weights.astype(q.dtype), d_out_i), at)
+            return (dk, dv), (einsum_f32("bgts,bsh->bgth", d_scores, k_i).astype(q.dtype),)
 
         zeros = jnp.zeros(k.shape, jnp.float32)
         runs = _runs(padded // block, block, static)
@@ -215,7 +215,7 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 def _scores(q_i, k, segments, start, at, keys, time, static):
     """Capped scores [b, G, block, keys] of one tile, and which of them are visible."""
-    scores = _product("bgth,bsh->bgts", q_i, _cut(k, at, keys, 1)) * q_i.shape[-1] ** -0.5
+    scores = einsum_f32("bgth,bsh->bgts", q_i, _cut(k, at, keys, 1)) * q_i.shape[-1] ** -0.5
     block = q_i.shape[2]
     t, s = start + jnp.arange(block)[:, None], at + jnp.arange(keys)
     visible = s <= t if static.causal else s < time  # keys past `time` are padding
