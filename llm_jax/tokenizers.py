@@ -25,11 +25,11 @@ BYTE_SYMBOLS = 256
 BOS_NAMES = ("<|begin_of_text|>", "<bos>", "<s>", "<|startoftext|>", END_OF_TEXT)
 EOS_NAMES = ("<|end_of_text|>", "<eos>", "</s>", END_OF_TEXT)
 
-# What a token may not cross. Line breaks go with the indentation after them and with nothing before, so
-# that a small vocabulary has "\n        " as one token and blocks of code stay aligned. A single space goes
-# with the word, digit or punctuation before it, not after as in GPT-2: a prompt like "def " then ends as
-# the training text does, where GPT-2's split leaves a lone space that no word ever followed.
-BPE_SPLIT = r"(?:\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)(?: (?!\s))?|(?:\r?\n)+[ \t]*|[^\S\r\n]+"
+# What a token may not cross. A line break is a token of its own and the indentation after it another, and a
+# single space goes with the word, digit or punctuation before it, not after as in GPT-2: so a prompt that
+# ends in "def " or ":\n" ends as the training text does there, where other splits leave a lone space that no
+# word ever followed, or a line break that in training always held the indentation too.
+BPE_SPLIT = r"(?:\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)(?: (?!\s))?|\r?\n|[^\S\r\n]+"
 CHAR_SPLIT = r"[\s\S]"
 
 

@@ -141,13 +141,15 @@ def test_special_token_text_stays_text_after_load(tmp_path):
     assert ids == BPE.encode(END_OF_TEXT) and len(ids) > 1
 
 
-def test_bpe_keeps_indentation_with_the_line_break():
-    (ids,) = BPE.encode_batch(["\n        "])
-    assert len(ids) == 1
-    # A prompt that ends in a space is tokenized as the text it begins.
-    whole = BPE.encode("def name(self")
-    prompt = BPE.encode("def ")
-    assert whole[: len(prompt)] == prompt and len(prompt) == 1
+@pytest.mark.parametrize("prompt", ["def ", "class A:\n", "def name(self):\n    ", "x = 1\n\n"])
+def test_a_prompt_is_tokenized_as_the_text_that_it_begins(prompt):
+    text = prompt + ("    pass\n" if prompt.endswith(":\n") else "name = 1\n")
+    ids = BPE.encode(prompt)
+    assert BPE.encode(text)[: len(ids)] == ids
+
+
+def test_bpe_keeps_an_indentation_whole():
+    assert len(BPE.encode("\n        ")) == 2 and len(BPE.encode("def ")) == 1
 
 
 def test_bpe_vocab_size_is_exact_and_holds_every_byte():
