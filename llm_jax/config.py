@@ -29,6 +29,7 @@ REMATS = ("none", "block", "dots")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
 OPTIMIZERS = ("adamw",)
 SCHEDULES = ("cosine", "constant")
+MAX_SEED = 2**32 - 1  # jax and grain take no more bits: a larger one would be another's equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +378,8 @@ def _train(t: TrainConfig) -> TrainConfig:
         _at_least("train", t, name, 1)
     for name in ("eval_every", "save_every", "log_every", "sample_every", "seed", "profile_steps"):
         _at_least("train", t, name, 0)
+    if t.seed > MAX_SEED:
+        raise InputError(f"train.seed ({t.seed}) must be at most {MAX_SEED}")
     if t.batch_size % t.accumulation_steps:
         raise InputError(
             f"train.batch_size ({t.batch_size}) must be a multiple of "

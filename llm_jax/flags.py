@@ -1,10 +1,12 @@
 """Between the commands and the library: flag parsing, one-line errors, exit codes."""
 
+import contextlib
 import difflib
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -35,6 +37,19 @@ def run(main: Callable[[], Any]) -> NoReturn:
             sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
 
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around imports: SIGINT and SIGTERM end the process at once, since an exception inside jaxlib's crashes it."""
+
+    def leave(signum: int, frame: Any) -> NoReturn:
+        os._exit(128 + signum)
+
+    before = {signum: signal.signal(signum, leave) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

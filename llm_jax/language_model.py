@@ -1,6 +1,7 @@
 """LanguageModel: a model with its tokenizer, as a notebook uses it."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
 
-    def logits(self, tokens: Int[Array, "B T"] | np.ndarray) -> Float[Array, "B T V"]:
+    def logits(self, tokens: Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray) -> Float[Array, "B T V"]:
         """Scores of every next token, float32; column t predicts token t + 1."""
         tokens = self._checked_tokens(tokens)
         cfg = self.config.model
@@ -48,7 +49,7 @@ class LanguageModel:
 
     def generate(
         self,
-        context: str | Sequence[str] | Int[Array, "B T"] | np.ndarray,
+        context: str | Sequence[str] | Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray,
         *,
         max_new_tokens: int = SampleConfig.max_new_tokens,
         temperature: float = SampleConfig.temperature,
@@ -97,7 +98,8 @@ class LanguageModel:
 
     def samples(self, prompt: str, *, num_samples: int, **request: Any) -> list[str]:
         """`num_samples` continuations of one prompt, the first as `generate` makes it; the same arguments."""
-        request = {**self.generate.__kwdefaults__, **request}
+        parameters = inspect.signature(self.generate).parameters.values()
+        request = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | request
         return self._continue_texts([prompt] * num_samples, range(num_samples), **request)
 
     def save(self, path: str | Path) -> None:
@@ -186,7 +188,10 @@ class LanguageModel:
         return ids or begin
 
     def _checked_tokens(self, tokens: Any) -> np.ndarray:
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise InputError("tokens must be integers of shape [B, T], got rows of different lengths") from None
         vocab_size = self.config.model.vocab_size
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise InputError(

@@ -27,7 +27,8 @@ def main() -> None:
         raise InputError("no --config given; for example --config=configs/small.py")
     config = load_file(_CONFIG.value)
     override(config, _CHANGES.value)
-    from llm_jax.train import fit  # after the flags: a mistake in them is told without loading jax
+    with flags.importing():  # after the flags: a mistake in them is told without loading jax
+        from llm_jax.train import fit
 
     fit(config, workdir=_WORKDIR.value or _default_workdir(config.data.path))
 

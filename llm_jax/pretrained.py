@@ -23,7 +23,10 @@ def read_config(workdir: str | Path) -> Config:
         what = "holds no run (it has no config.json)" if Path(workdir).is_dir() else "is not there"
         raise InputError(f"workdir {str(workdir)!r} {what}; give the folder that training wrote, such as runs/small")
     try:
-        return freeze(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+        return freeze(values)
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a run's config: {error}") from None
 

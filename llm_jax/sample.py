@@ -8,7 +8,7 @@ import json
 from absl import flags as absl_flags
 
 from llm_jax import flags
-from llm_jax.config import SampleConfig, check_sampling
+from llm_jax.config import MAX_SEED, SampleConfig, check_sampling
 from llm_jax.errors import InputError
 
 _WORKDIR = absl_flags.DEFINE_string("workdir", None, "Folder of a run.")
@@ -20,7 +20,9 @@ _TOP_K = absl_flags.DEFINE_integer("top_k", SampleConfig.top_k, "Keep the k like
 _TOP_P = absl_flags.DEFINE_float(
     "top_p", SampleConfig.top_p, "Keep the likeliest tokens of probability p. Default: all."
 )
-_SEED = absl_flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_SEED = absl_flags.DEFINE_integer(
+    "seed", 0, "The same seed gives the same text.", lower_bound=0, upper_bound=MAX_SEED
+)
 _NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Continuations of the prompt.", lower_bound=1)
 _LONG_PROMPT = absl_flags.DEFINE_enum("long_prompt", "keep_tail", ["keep_tail", "error"], "Past the context.")
 _JSON = absl_flags.DEFINE_bool("json", False, "One JSON string a line.")
@@ -36,7 +38,8 @@ def main() -> None:
         top_p=_TOP_P.value,
     )
     check_sampling(**request)  # before the model is loaded
-    from llm_jax.language_model import load
+    with flags.importing():
+        from llm_jax.language_model import load
 
     language_model = load(_WORKDIR.value, step=_STEP.value)
     texts = language_model.samples(

@@ -28,7 +28,13 @@ jaxtyping.install_import_hook("llm_jax", "conftest.check_types")
 REPOSITORY = Path(__file__).parents[1]
 
 # What may be missing on a CI machine. Any other skip there is a test that silently stopped testing.
-ALLOWED_SKIPS = (r"no GPU", r"no TPU", r"\S+ (is )?not installed", r"extra not installed", r"LLM_JAX_ASSETS (is )?not set")
+ALLOWED_SKIPS = (
+    r"no GPU",
+    r"no TPU",
+    r"\S+ (is )?not installed",
+    r"extra not installed",
+    r"LLM_JAX_ASSETS (is )?not set",
+)
 _other_skips: list[str] = []
 
 

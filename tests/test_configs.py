@@ -1,0 +1,156 @@
+"""Every file in configs/: frozen, shaped as a closed formula says, and trained for one step at a tiny size."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llm_jax
+from llm_jax import config, model
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+VOCAB_SIZE = 320  # where the tokenizer is to decide
+
+
+def load(path, data_path):
+    """The ConfigDict of a file, with the text and tokenizer that some leave for the user to give."""
+    cfg = config.load_file(str(path))
+    if cfg.data.source in ("text", "bin"):
+        cfg.data.path = str(data_path)
+        cfg.data.tokenizer = "byte"
+    return cfg
+
+
+def frozen_model(path):
+    cfg = config.freeze(load(path, "some.txt")).model
+    return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or VOCAB_SIZE)
+
+
+def closed_form(m):
+    """(all, without embeddings) parameters, from the numbers of the config alone."""
+    heads, kv_heads = m.n_head * m.head_dim, m.n_kv_head * m.head_dim
+    matrices = m.n_embd * (2 * heads + 2 * kv_heads) + m.n_embd * m.mlp_dim * (3 if "glu" in m.mlp else 2)
+    biases = heads + 2 * kv_heads + m.n_embd + m.mlp_dim * (2 if "glu" in m.mlp else 1) + m.n_embd
+    norm = m.n_embd * (2 if m.use_bias and not m.use_rmsnorm else 1)
+    inside = m.n_layer * (matrices + m.use_bias * biases + 2 * norm) + norm
+    embeddings = m.n_embd * (m.vocab_size * (1 if m.tie_embeddings else 2) + (0 if m.use_rope else m.block_size))
+    return inside + embeddings, inside
+
+
+def test_the_files_that_the_readme_names_are_there():
+    names = {path.stem for path in FILES}
+    assert names >= {"small", "legacy", "tiny", "shakespeare_char", "gpt2_124m", "llama_1b"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shapes(path):
+    cfg = frozen_model(path)
+    assert not cfg.qk_norm  # closed_form has none
+    assert model.count_params(cfg) == closed_form(cfg)
+    sizes = model.axis_sizes(cfg)
+    axes, shapes = model.param_axes(cfg), model.param_shapes(cfg)
+    assert jax.tree.structure(axes) == jax.tree.structure(shapes)
+    for letters, leaf in zip(jax.tree.leaves(axes), jax.tree.leaves(shapes), strict=True):
+        assert leaf.shape == tuple(sizes[letter] for letter in letters)
+        assert leaf.dtype == cfg.param_dtype
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_docstring_says_command_parameters_and_what_was_measured(path):
+    text = path.read_text().split('"""')[1]
+    assert f"python -m llm_jax.main --config=configs/{path.name}" in text
+    counts = re.findall(r"Parameters: ([\d,]+), ([\d,]+) without embeddings(?:, with the (\d+))?", text)
+    if path.stem in ("legacy", "shakespeare_char", "gpt2_124m", "llama_1b"):
+        assert len(counts) == 1
+        assert "Time, score:" in text or "Hardware, time, score:" in text
+    for total, inside, vocab_size in counts:
+        cfg = frozen_model(path)
+        vocab_size = int(vocab_size or (65 if path.stem == "shakespeare_char" else cfg.vocab_size))
+        counted = closed_form(dataclasses.replace(cfg, vocab_size=vocab_size))
+        assert tuple(int(count.replace(",", "")) for count in (total, inside)) == counted
+
+
+def test_known_shapes():
+    """The published parameter counts of what the files say they are."""
+    by_name = {path.stem: frozen_model(path) for path in FILES}
+    # GPT-2's 124,439,808 (transformers' GPT2LMHeadModel) and the 47 rows of padding.
+    assert model.count_params(by_name["gpt2_124m"])[0] == 124_439_808 + 47 * 768
+    # meta-llama/Llama-3.2-1B's model card: 1.23B; the tensors of its file add up to this.
+    assert model.count_params(by_name["llama_1b"])[0] == 1_235_814_400
+    # nanoGPT's shakespeare_char: 65 characters, 256 learned positions, no biases, LayerNorm weights.
+    nanogpt = (65 + 256) * 384 + 6 * (12 * 384**2 + 2 * 384) + 384
+    ours = dataclasses.replace(by_name["shakespeare_char"], vocab_size=65)
+    assert 0.99 * nanogpt < model.count_params(ours)[0] <= nanogpt
+
+
+def test_small_and_legacy_are_the_users_after_and_before():
+    by_name = {path.stem: frozen_model(path) for path in FILES}
+    names = "n_embd n_head n_layer block_size use_rope use_rmsnorm".split()
+    shapes = {stem: [getattr(by_name[stem], name) for name in names] for stem in ("small", "legacy")}
+    assert shapes == {"small": [128, 8, 6, 256, True, True], "legacy": [64, 4, 4, 64, False, False]}
+
+
+TINY_MODEL = dict(n_embd=16, n_head=4, n_layer=1, block_size=16)
+TINY_TRAIN = dict(num_steps=1, eval_batches=1, eval_every=0, save_every=0, sample_every=0, log_every=1)
+
+
+def shrunk(path, folder):
+    """The file's config with the sizes of a toy and every switch as it was."""
+    cfg = load(path, folder / "text.txt")
+    if cfg.data.source == "bin":
+        np.frombuffer((folder / "text.txt").read_bytes(), np.uint8).astype("<u2").tofile(folder / "train.bin")
+        cfg.data.path = str(folder / "train.bin")
+    else:
+        cfg.data.path = str(folder / "text.txt")  # instead of a download, and of 11 MB of standard library
+    cfg.data.cache_dir = str(folder / "cache")
+    cfg.data.vocab_size = 300
+    cfg.model.update(TINY_MODEL)
+    cfg.model.vocab_size = cfg.model.vocab_size and 512
+    cfg.model.n_kv_head = cfg.model.n_kv_head and 2
+    cfg.model.mlp_dim = cfg.model.mlp_dim and 32
+    if cfg.model.rope_scaling is not None:
+        cfg.model.rope_original_length = 8
+    cfg.train.update(TINY_TRAIN)
+    cfg.train.batch_size = 2 * cfg.train.accumulation_steps
+    cfg.sample.prompt, cfg.sample.max_new_tokens = "a", 0  # sampling is tested elsewhere
+    return cfg
+
+
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_one_step(path, tmp_path, one_device, quick_compilation, capfd):
+    (tmp_path / "text.txt").write_text("a cat sees a bird.\n" * 60)
+    cfg = shrunk(path, tmp_path)
+    lm = llm_jax.fit(cfg, workdir=tmp_path / "run")
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["step"] == 1
+    # Near-uniform over the vocabulary, as an untrained model is.
+    assert line["loss"] == pytest.approx(np.log(lm.config.model.vocab_size), abs=0.5)
+    assert line["grad_norm"] > 0
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+    assert capfd.readouterr().out == "a\n"
+
+
+def test_a_config_without_its_text_says_how_to_give_it():
+    for name in ("gpt2_124m", "llama_1b"):
+        with pytest.raises(llm_jax.InputError, match=r"--config\.data\.path="):
+            config.freeze(config.load_file(str(FILES[0].parent / f"{name}.py")))
+
+
+def test_shards_without_their_tokenizer_say_how_to_give_it(tmp_path, one_device):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
+    cfg = config.load_file(str(FILES[0].parent / "gpt2_124m.py"))
+    cfg.data.path, cfg.data.cache_dir = str(tmp_path), str(tmp_path / "cache")
+    with pytest.raises(llm_jax.InputError, match="tokenizer.json"):
+        llm_jax.fit(cfg, workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,343 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llm_jax
+from llm_jax import language_model, model
+from llm_jax.config import freeze
+from llm_jax.errors import InputError
+from llm_jax.language_model import LanguageModel
+from llm_jax.tokenizers import byte_tokenizer, char_tokenizer, train_bpe
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_run) -> LanguageModel:
+    """60 steps of training, byte tokens, no BOS, rope, block_size 32."""
+    return llm_jax.load(tiny_run)
+
+
+def build(tokenizer, **values) -> LanguageModel:
+    """Untrained, of random parameters."""
+    shape = dict(n_embd=16, n_head=2, n_layer=1, block_size=16, vocab_size=tokenizer.vocab_size)
+    cfg = freeze({"model": shape | values})
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
+    return LanguageModel(cfg, jax.tree.map(draw, model.param_shapes(cfg.model)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> LanguageModel:
+    """With <|endoftext|> as BOS and EOS."""
+    return build(train_bpe(["the cat sees the dog.\n" * 50], 270))
+
+
+def ends_at_once(bpe) -> LanguageModel:
+    """`bpe` with parameters that make the end of text the only token that is ever drawn."""
+    values = dict(use_rmsnorm=False, use_bias=True, tie_embeddings=False)
+    ending = build(bpe.tokenizer, **values)
+    ending.params["final_norm"]["bias"] = jnp.zeros(16).at[0].set(1000.0)
+    ending.params["lm_head"]["weight"] = (
+        jnp.zeros((bpe.tokenizer.vocab_size, 16)).at[bpe.tokenizer.eos_id, 0].set(1.0)
+    )
+    return ending
+
+
+def error_of(function, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -- What goes in and what comes out
+
+
+def test_a_text_gives_a_text_and_a_list_a_list(lm):
+    text = lm.generate("the ", max_new_tokens=12)
+    assert isinstance(text, str) and text.startswith("the ") and len(text) > 4
+    texts = lm.generate(["the ", "a"], max_new_tokens=12)
+    assert isinstance(texts, list) and texts[0] == text
+    assert lm.generate(("the ", "b"), max_new_tokens=12)[0] == text
+    assert lm.generate([], max_new_tokens=12) == []
+
+
+def test_tokens_give_tokens(lm):
+    tokens = np.array([[116, 104, 101, 32], [97, 32, 100, 111]])
+    for given in (tokens, tokens.tolist(), jnp.asarray(tokens), tokens.astype(np.uint8), tokens.astype(np.int64)):
+        out = lm.generate(given, max_new_tokens=12, stop_tokens=())
+        assert isinstance(out, np.ndarray) and out.shape == (2, 16) and out.dtype == np.int32
+        np.testing.assert_array_equal(out[:, :4], tokens)
+    text = lm.generate("the ", max_new_tokens=12)
+    assert lm.tokenizer.decode(out[0]) == text  # the same draw for the same prompt, in tokens and in text
+
+
+def test_logits(lm):
+    tokens = np.array([[116, 104, 101]])
+    logits = lm.logits(tokens)
+    assert logits.shape == (1, 3, 256) and logits.dtype == jnp.float32
+    expected = model.Transformer(lm.config.model).apply({"params": lm.params}, jnp.asarray(tokens))[0]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert lm.logits(np.zeros((1, 40), int)).shape == (1, 40, 256)  # rope goes on past block_size
+    learned = build(byte_tokenizer(), use_rope=False)
+    assert "17 tokens" in error_of(learned.logits, np.zeros((1, 17), int))
+
+
+def test_no_new_tokens_give_the_prompt(lm):
+    assert lm.generate("the ", max_new_tokens=0) == "the "
+    np.testing.assert_array_equal(lm.generate(np.array([[1, 2]]), max_new_tokens=0), [[1, 2]])
+
+
+def test_the_defaults_are_the_configs(lm):
+    assert lm.generate("the ") == lm.generate(
+        "the ", max_new_tokens=100, temperature=1.0, top_k=None, top_p=None, seed=0, stop_tokens=None
+    )
+
+
+ODD_PROMPTS = [
+    "é",
+    "e\u0301",
+    "🙂",
+    "\0",
+    "\r\n\t",
+    "naïve → ☕",
+    "\ufffd",
+    "\ufeffx",
+    "<|endoftext|>",
+    " " * 12,
+    "\u200d",
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_prompt_begins_the_text_whatever_it_is(lm, bpe, seed):
+    for one in (lm, bpe):
+        texts = one.generate(ODD_PROMPTS, max_new_tokens=12, seed=seed, stop_tokens=())
+        for prompt, text in zip(ODD_PROMPTS, texts, strict=True):
+            assert text.startswith(prompt) and text != prompt
+
+
+def test_new_bytes_of_one_character_are_decoded_together(lm):
+    """A continuation that begins inside a character: decoded alone, its bytes would be U+FFFD."""
+    join = language_model._join
+    ids = "☕".encode()
+    decode = lm.tokenizer.decode
+    assert join("a", decode(b"a"), decode(b"a" + ids)) == "a☕"
+
+
+# -- Randomness
+
+
+def test_the_seed_decides(lm):
+    a, again, b = (lm.generate("the ", max_new_tokens=12, seed=seed) for seed in (1, 1, 2))
+    assert a == again != b
+
+
+def test_a_text_does_not_depend_on_its_neighbours(lm):
+    both = lm.generate(["a longer prompt of other length", "the "], seed=0, max_new_tokens=12)
+    assert both[1] == lm.generate("the ", seed=0, max_new_tokens=12)
+    twice = lm.generate(["the ", "the "], seed=3, max_new_tokens=12)
+    assert twice[0] == twice[1]
+
+
+def test_samples_differ_and_the_first_is_generates(lm):
+    samples = lm.samples("the ", num_samples=2, max_new_tokens=12, seed=5)
+    assert samples[0] != samples[1]
+    assert samples[0] == lm.generate("the ", max_new_tokens=12, seed=5)
+    assert samples[:1] == lm.samples("the ", num_samples=1, max_new_tokens=12, seed=5)
+
+
+def test_sampling_arguments_act(lm):
+    greedy = lm.generate("the ", max_new_tokens=12, temperature=0.0)
+    assert greedy == lm.generate("the ", max_new_tokens=12, temperature=0.0, seed=9)
+    assert greedy == lm.generate("the ", max_new_tokens=12, top_k=1, seed=9)
+    assert greedy == lm.generate("the ", max_new_tokens=12, top_p=1e-6, seed=9)
+    assert greedy != lm.generate("the ", max_new_tokens=12, seed=9)
+    # Off is off: masks that keep everything change nothing.
+    free = lm.generate("the ", max_new_tokens=12, seed=9)
+    assert free == lm.generate("the ", max_new_tokens=12, seed=9, top_k=256, top_p=1.0)
+    assert free == lm.generate("the ", max_new_tokens=12, seed=9, top_k=10**12)
+
+
+def test_another_value_or_a_prompt_of_about_the_same_length_compiles_nothing(lm):
+    lm.generate("the ", max_new_tokens=12)
+    programs = language_model._generate._cache_size()
+    lm.generate("the cat sees", max_new_tokens=12, temperature=0.3, top_k=4, top_p=0.5, seed=8)
+    lm.generate("a", max_new_tokens=12, temperature=0.0)
+    assert language_model._generate._cache_size() == programs
+    lm.generate("a", max_new_tokens=2)
+    assert language_model._generate._cache_size() == programs + 1
+
+
+# -- Special tokens and ends
+
+
+def test_an_end_of_text_ends_the_row_and_is_not_in_the_text(bpe):
+    ending = ends_at_once(bpe)
+    eos = bpe.tokenizer.eos_id
+    assert ending.generate(["the ", "dog"], max_new_tokens=6) == ["the ", "dog"]
+    out = ending.generate(np.array([[5, 6]]), max_new_tokens=3)
+    np.testing.assert_array_equal(out, [[5, 6, eos, eos, eos]])
+    assert ending.generate("the ", max_new_tokens=6, stop_tokens=()) == "the "  # six of them, none shown
+
+
+def test_stop_tokens_are_the_callers_where_given(lm):
+    free = lm.generate(np.array([[116, 104]]), max_new_tokens=12, seed=1)[0]
+    stop = int(free[5])
+    first = free[2:].tolist().index(stop) + 3
+    out = lm.generate(np.array([[116, 104]]), max_new_tokens=12, seed=1, stop_tokens=[stop])[0]
+    np.testing.assert_array_equal(out, [*free[:first], *[stop] * (14 - first)])
+    np.testing.assert_array_equal(
+        lm.generate(np.array([[116, 104]]), max_new_tokens=12, seed=1, stop_tokens=()), [free]
+    )
+
+
+def test_an_empty_prompt_starts_from_bos_or_is_an_error(lm, bpe):
+    assert isinstance(bpe.generate("", max_new_tokens=4), str)
+    bos = np.array([[bpe.tokenizer.bos_id]])
+    tokens = bpe.generate(bos, max_new_tokens=4, seed=0)[0]
+    assert bpe.generate("", max_new_tokens=4, seed=0) == bpe.tokenizer.decode(tokens)
+    assert "empty" in error_of(lm.generate, "")
+    assert "empty" in error_of(lm.generate, ["the ", ""])
+
+
+def test_a_prompt_gets_bos_where_the_tokenizer_says_so(bpe):
+    tokenizer = train_bpe(["the cat sees the dog.\n" * 50], 270)
+    tokenizer.add_bos = True
+    with_bos = LanguageModel(bpe.config, bpe.params, tokenizer)
+    tokens = np.array([[tokenizer.bos_id, *tokenizer.encode("the ")]])
+    expected = tokenizer.decode(bpe.generate(tokens, max_new_tokens=12)[0])
+    assert with_bos.generate("the ", max_new_tokens=12) == expected
+    assert bpe.generate("the ", max_new_tokens=12) != expected
+
+
+# -- Long prompts
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_a_long_prompt_is_seen_by_its_tail_or_an_error(use_rope):
+    short = build(byte_tokenizer(), use_rope=use_rope)  # block_size 16
+    assert short.generate("x" * 16, max_new_tokens=1, long_prompt="error").startswith("x" * 16)
+    message = error_of(short.generate, "x" * 17, max_new_tokens=1, long_prompt="error")
+    assert "17 tokens" in message and "block_size (16)" in message and "keep_tail" in message
+    # One layer: with rope as without, what comes next is decided by the last 16 tokens.
+    texts = [short.generate(head + "the cat sees the", max_new_tokens=8, temperature=0.0) for head in ("a" * 9, "b")]
+    assert texts[0][9:] == texts[1][1:] and len(texts[0]) > 25
+
+
+def test_learned_positions_go_on_past_block_size():
+    short = build(byte_tokenizer(), use_rope=False)
+    for length in (10, 30):
+        tokens = short.generate(np.arange(length)[None], max_new_tokens=12, temperature=0.0)[0].tolist()
+        for end in range(length, length + 12):
+            tail = tokens[max(0, end - 16) : end]
+            seen = np.array([tail + [0] * (16 - len(tail))])  # what follows a token is never seen by it
+            assert tokens[end] == int(np.argmax(short.logits(seen)[0, len(tail) - 1]))
+
+
+# -- A person's mistakes
+
+
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        (dict(temperature=float("nan")), "temperature (nan)"),
+        (dict(temperature=float("inf")), "temperature (inf)"),
+        (dict(temperature=-0.5), "temperature (-0.5)"),
+        (dict(top_k=0), "top_k (0)"),
+        (dict(top_k=-3), "top_k (-3)"),
+        (dict(top_p=0.0), "top_p (0.0)"),
+        (dict(top_p=1.01), "top_p (1.01)"),
+        (dict(top_p=float("nan")), "top_p (nan)"),
+        (dict(max_new_tokens=-1), "max_new_tokens (-1)"),
+        (dict(long_prompt="cut"), "long_prompt ('cut')"),
+    ],
+    ids=str,
+)
+def test_a_request_out_of_range_is_one_line_with_the_value(lm, request_, words):
+    for context in ("the ", ["the "], np.array([[1, 2]])):
+        assert words in error_of(lm.generate, context, **request_)
+    assert words in error_of(lm.samples, "the ", num_samples=2, **request_)
+
+
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        (np.array([[1, 256]]), "token 256 is not in the vocabulary (0 to 255)"),
+        (np.array([[-1, 2]]), "token -1"),
+        (np.array([1, 2]), "[B, T]"),
+        (np.zeros((1, 1, 1), int), "[B, T]"),
+        (np.array([[1.0, 2.0]]), "float64"),
+        (np.array([[True]]), "bool"),
+        (np.zeros((2, 0), int), "no token"),
+        (np.zeros((0, 2), int), "no token"),
+        ([[1, 2], [3]], "different lengths"),
+    ],
+    ids=str,
+)
+def test_tokens_that_are_none_are_one_line(lm, tokens, words):
+    assert words in error_of(lm.generate, tokens)
+    assert words in error_of(lm.logits, tokens)
+
+
+@pytest.mark.parametrize("tokens", [["the ", 3], None, [["a"]]], ids=str)
+def test_what_is_neither_text_nor_tokens_is_one_line(lm, tokens):
+    """Past the annotations, which only tests check."""
+    assert "[B, T]" in error_of(lm.generate.__func__.__wrapped__, lm, tokens)
+
+
+def test_half_a_surrogate_pair_and_a_character_outside_the_vocabulary_are_one_line(lm):
+    assert "surrogate" in error_of(lm.generate, "a\ud800")
+    assert "'z'" in error_of(build(char_tokenizer("abc")).generate, "abz")
+
+
+# -- Save and load
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(lm, bpe, tmp_path):
+    for name, one in (("lm", lm), ("bpe", bpe)):
+        one.save(tmp_path / name)
+        loaded = llm_jax.load(tmp_path / name)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, one.params)
+        assert loaded.config == one.config
+        assert loaded.generate("the ", max_new_tokens=12) == one.generate("the ", max_new_tokens=12)
+    assert "holds a run already" in error_of(lm.save, tmp_path / "lm")
+
+
+def test_bfloat16_parameters_are_saved_as_they_are(tmp_path):
+    half = build(byte_tokenizer(), param_dtype="bfloat16", compute_dtype="bfloat16")
+    half.save(tmp_path / "half")
+    loaded = llm_jax.load(tmp_path / "half")
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, half.params)
+    assert loaded.generate("the ", max_new_tokens=12) == half.generate("the ", max_new_tokens=12)
+
+
+def test_load_takes_the_step_that_is_asked_for(tiny_run):
+    lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    assert min(losses, key=losses.get) == 60
+
+    def scale(step):
+        return llm_jax.load(tiny_run, step=step).params["final_norm"]["weight"].tolist()
+
+    assert scale("best") == scale("last") == scale(60) == scale("60") != scale(40)
+    assert "step 20" in error_of(llm_jax.load, tiny_run, step=20)  # the newest two are kept
+    assert "'frist'" in error_of(llm_jax.load, tiny_run, step="frist")
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, lm):
+    missing = error_of(llm_jax.load, tmp_path / "nothing")
+    assert "nothing" in missing and "is not there" in missing
+    assert "no config.json" in error_of(llm_jax.load, tmp_path)
+    lm.save(tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    whole = config.read_text()
+    for wrong in ("{", "[]", "3", '{"model": {"n_embd": "x"}}', '{"model": 3}', '{"modell": {}}'):
+        config.write_text(wrong)
+        assert "config" in error_of(llm_jax.load, tmp_path / "run")
+    config.write_text(whole)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "run" / "elsewhere")
+    assert "no checkpoint" in error_of(llm_jax.load, tmp_path / "run")

@@ -1,0 +1,105 @@
+"""The README's figures, measured again: minutes each.
+
+    python -m pytest -m slow -s tests/test_results.py
+
+prints them; with LLM_JAX_RECORD=1 it writes the records in tests/measured/ that the README's table shows.
+Quality is asserted; time is printed alone, since a shared machine's says little about the code.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run(env, *arguments) -> tuple[str, float]:
+    """(standard output, wall seconds) of a python process in the checkout."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    return done.stdout, time.monotonic() - start
+
+
+def report(name: str, what: str, figure: str, test: str, repetitions: list) -> None:
+    print(f"\n{what}: {figure}")
+    if not os.environ.get("LLM_JAX_RECORD"):
+        return
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"]
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    record = {
+        "what": what,
+        "figure": figure,
+        "command": f"python -m pytest -m slow -s tests/test_results.py -k {test}",
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "hardware": f"{os.cpu_count()} cores, {processor[1] if processor else platform.processor()}",
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax", "tokenizers")},
+        "date": datetime.date.today().isoformat(),
+        "repetitions": repetitions,
+    }
+    (ROOT / "tests" / "measured" / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def test_small(clean_env, tmp_path):
+    """configs/small.py from an empty cache to its sample; then 20 samples look like Python."""
+    env = clean_env | {"LLM_JAX_CACHE": str(tmp_path / "cache")}
+    workdir = tmp_path / "small"
+    _, seconds = run(env, "-m", "llm_jax.main", "--config=configs/small.py", f"--workdir={workdir}")
+    gibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest child
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    sampler = ("-m", "llm_jax.sample", f"--workdir={workdir}", "--prompt=\n", "--max_new_tokens=150")
+    samples = [
+        json.loads(run(env, *sampler, "--temperature=0.8", "--top_p=0.95", f"--seed={seed}", "--json")[0])
+        for seed in range(20)
+    ]
+    indents = [len(line) - len(line.lstrip(" ")) for text in samples for line in text.splitlines() if line.strip()]
+    by_four = sum(indent % 4 == 0 for indent in indents) / len(indents)
+    deep = sum(indent % 4 == 0 and indent >= 4 for indent in indents) / len(indents)
+    defs = sum(bool(re.search(r"^\s*def \w+\(.*:\s*$", text, re.MULTILINE)) for text in samples)
+    print(samples[0])
+    report(
+        "small",
+        "`configs/small.py`, the first line of this page after installation",
+        f"{seconds / 60:.1f} min, {gibibytes:.1f} GiB, {last['bits_per_byte_full']:.3f} bits per byte; of 20 samples' "
+        f"lines {by_four:.0%} indented by a multiple of 4, {deep:.0%} by 4 or more, {defs} samples define a function",
+        "small",
+        [{"seconds": seconds, "gibibytes": gibibytes, **last, "by_four": by_four, "deep": deep, "defs": defs}],
+    )
+    assert gibibytes < 4
+    assert by_four >= 0.8 and deep >= 1 / 3 and defs >= 10
+
+
+def test_shakespeare(clean_env, tmp_path):
+    """nanoGPT's CPU recipe, three seeds: nanoGPT itself reaches 1.886."""
+    if "LLM_JAX_ASSETS" not in os.environ:
+        pytest.skip("LLM_JAX_ASSETS not set")
+    text = Path(os.environ["LLM_JAX_ASSETS"]) / "tinyshakespeare.txt"
+    runs = []
+    for seed in range(3):
+        workdir = tmp_path / f"seed{seed}"
+        config = ("--config=configs/shakespeare_char_cpu.py", f"--config.train.seed={seed}", f"--config.data.path={text}")
+        _, seconds = run(clean_env, "-m", "llm_jax.main", *config, f"--workdir={workdir}")
+        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        runs.append({"seed": seed, "seconds": seconds, **last})
+    losses = [each["val_loss_full"] for each in runs]
+    mean = sum(losses) / len(losses)
+    report(
+        "shakespeare_char_cpu",
+        "`configs/shakespeare_char_cpu.py`, nanoGPT's CPU recipe (nanoGPT: 1.886)",
+        f"val loss {mean:.3f} over the whole split, mean of 3 seeds ({min(losses):.3f} to {max(losses):.3f})",
+        "shakespeare",
+        runs,
+    )
+    assert mean <= 1.73

@@ -1,0 +1,104 @@
+"""The programs of configs/small.py compile for Colab's TPU chip on a machine that has none.
+
+libtpu is wanted in an environment of its own (`pip install '.[tpu,test]'`, JAX_PLATFORMS=cpu): beside a CPU jax it
+changes what jax.devices() tries first. Not marked slow, though it takes minutes: elsewhere it is skipped at once.
+"""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from llm_jax import config, data, generate, language_model, sharding, train
+
+if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu not installed", allow_module_level=True)
+
+SMALL = Path(__file__).parents[1] / "configs" / "small.py"
+HBM_BYTES = 16 * 2**30  # of a v5e chip
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
+    return sharding.make_mesh(config.MeshConfig(), topology.devices)
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    frozen = config.freeze(config.load_file(str(SMALL)))
+    return dataclasses.replace(frozen, model=dataclasses.replace(frozen.model, vocab_size=frozen.data.vocab_size))
+
+
+@pytest.fixture(scope="module")
+def programs(cfg, mesh):
+    return train._programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+
+
+def on(placement, tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), tree)
+
+
+def batch(cfg, mesh):
+    shape = (cfg.train.batch_size, cfg.model.block_size)
+    like = data.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.int32, np.float32)))
+    return on(sharding.split_batch(mesh), like)
+
+
+def check(compiled):
+    """It is code for a TPU, and it fits."""
+    assert "T(8,128)" in compiled.as_text()  # the tiles that TPU memory is laid out in
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert 0 < needed - memory.alias_size_in_bytes < 0.9 * HBM_BYTES
+    return memory
+
+
+def test_the_chip(mesh):
+    assert [(device.platform, device.device_kind) for device in mesh.devices.flat] == [("tpu", "TPU v5 lite")]
+
+
+def test_train_step(cfg, mesh, programs):
+    init, train_fn, _ = programs
+    state = on(sharding.replicated(mesh), jax.eval_shape(init))
+    memory = check(train_fn.lower(state, batch(cfg, mesh)).compile())
+    # The state is donated: the new one lies where the old one was.
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= 0.9 * state_bytes
+
+
+def test_eval_step(cfg, mesh, programs):
+    init, _, eval_fn = programs
+    params = on(sharding.replicated(mesh), jax.eval_shape(init).params)
+    check(eval_fn.lower(params, batch(cfg, mesh)).compile())
+
+
+def test_initialisation(programs):
+    check(programs[0].lower().compile())
+
+
+@pytest.mark.parametrize("slide", [False, True], ids=["cached", "sliding"])
+def test_sampler(cfg, mesh, programs, slide):
+    if slide:  # what learned positions need past the context
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, use_rope=False))
+    init = train._programs(cfg, mesh, np.ones(1, np.int32))[0] if slide else programs[0]
+    rows = jax.ShapeDtypeStruct((2,), np.int32), jax.ShapeDtypeStruct((2,), np.float32)
+    arguments = (
+        jax.eval_shape(init).params,
+        jax.ShapeDtypeStruct((2, 16), np.int32),
+        rows[0],
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2)),
+        generate.SamplingConfig(temperature=rows[1], top_k=rows[0], top_p=rows[1]),
+    )
+    lowered = language_model._generate.lower(
+        cfg.model,
+        *on(sharding.replicated(mesh), arguments),
+        max_new_tokens=cfg.sample.max_new_tokens,
+        slide=slide,
+        stop_tokens=(0,),
+    )
+    check(lowered.compile())

@@ -1,0 +1,390 @@
+"""The loop, on one fake device except where a test says 8."""
+
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from ml_collections import ConfigDict
+
+import llm_jax
+from llm_jax import train
+from llm_jax.config import as_dict, freeze
+from llm_jax.errors import InputError
+from llm_jax.train import Stopped, fit
+
+STEPS = 6  # evaluations at 3 and 6, checkpoints (which evaluate too) at 2, 4 and 6
+TRAINING_KEYS = ["step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "wall_seconds"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def config(tiny_text, cache):
+    return lambda **changes: tiny_config(tiny_text, cache, **changes)
+
+
+@pytest.fixture(scope="module")
+def unstopped(tiny_text, cache, tmp_path_factory):
+    """The folder of a run that went through; to be read, or copied."""
+    folder = tmp_path_factory.mktemp("unstopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda backend=None, first=jax.devices()[:1]: first)
+        fit(tiny_config(tiny_text, cache), workdir=folder)
+    return folder
+
+
+@pytest.fixture
+def copy(unstopped, tmp_path):
+    """A copy of that run; `copy(until=4)` as if it had been killed after step 4 was saved."""
+
+    def make(until=STEPS):
+        workdir = tmp_path / "copy"
+        shutil.copytree(unstopped, workdir)
+        for step in range(until + 1, STEPS + 1):
+            shutil.rmtree(workdir / "checkpoints" / str(step), ignore_errors=True)
+        return workdir
+
+    return make
+
+
+def lines(workdir, timing=False):
+    parsed = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if timing or k not in TRAINING_KEYS[4:]} for line in parsed]
+
+
+def assert_same_run(workdir, other):
+    assert lines(workdir) == lines(other)
+    a, b = (llm_jax.load(folder, step="last") for folder in (workdir, other))
+    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+def steps_saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def error_of(function, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def after_logging(monkeypatch, step, act):
+    """Calls `act` when the training line of `step` has been written."""
+    log = train.Report.log
+
+    def logging(self, logged, values):
+        log(self, logged, values)
+        if logged == step and "loss" in values:
+            act()
+
+    monkeypatch.setattr(train.Report, "log", logging)
+
+
+# -- What a run leaves
+
+
+def test_metrics_lines_have_the_keys_and_the_order_of_the_interface(unstopped):
+    written = lines(unstopped, timing=True)
+    expected = []
+    for step in range(1, STEPS + 1):
+        expected.append((step, TRAINING_KEYS))
+        if step % 3 == 0 or step % 2 == 0:
+            expected.append((step, ["step", "val_loss", "bits_per_byte"]))
+    expected.append((STEPS, ["step", "val_loss_full", "bits_per_byte_full"]))
+    assert [(line["step"], list(line)) for line in written] == expected
+    training = [line for line in written if "loss" in line]
+    assert all(math.isfinite(value) and value > 0 for line in written for value in line.values())
+    assert training[-1]["loss"] < training[0]["loss"]
+    seconds = [line["wall_seconds"] for line in training]
+    assert seconds == sorted(seconds)
+
+
+def test_the_folder_holds_what_the_interface_lists(unstopped):
+    names = {path.name for path in unstopped.iterdir()}
+    assert {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "checkpoints"} <= names
+    assert not [name for name in names if "tmp" in name] and "profile" not in names
+    assert (unstopped / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert steps_saved(unstopped) == [4, 6]
+
+
+def test_the_config_in_the_folder_is_resolved_and_is_the_runs(unstopped, config):
+    saved = json.loads((unstopped / "config.json").read_text())
+    assert saved["model"]["vocab_size"] == 256 and saved["model"]["head_dim"] == 8
+    assert len(saved["data"]["content_hash"]) == 64 and saved["data"]["source"] == "text"
+    given = as_dict(freeze(config()))
+    changed = {(group, k) for group in saved for k in saved[group] if saved[group][k] != given[group][k]}
+    assert changed - {("model", "layer_types")} == {("model", "vocab_size"), ("data", "content_hash")}
+    assert freeze(saved) == llm_jax.load(unstopped).config
+
+
+def test_val_loss_full_is_the_mean_over_every_token_after_the_first_once(unstopped, tiny_text):
+    lm = llm_jax.load(unstopped, step="last")
+    text = tiny_text.read_bytes()
+    tokens = np.frombuffer(text[int(len(text) * 0.9) :], np.uint8).astype(int)
+    while tokens[0] & 0xC0 == 0x80:  # the split is moved to the next character
+        tokens = tokens[1:]
+    nats = []
+    for start in range(0, len(tokens) - 1, 32):
+        window = tokens[start : start + 33]
+        padded = np.zeros((1, 32), int)  # one shape, one program; what follows is never seen
+        padded[0, : len(window) - 1] = window[:-1]
+        logprobs = np.asarray(jax.nn.log_softmax(lm.logits(padded)[0]))
+        nats += [-logprobs[i, target] for i, target in enumerate(window[1:])]
+    assert len(nats) == len(tokens) - 1
+    last = lines(unstopped)[-1]
+    np.testing.assert_allclose(last["val_loss_full"], np.mean(nats), rtol=1e-5)
+    np.testing.assert_allclose(last["bits_per_byte_full"], np.mean(nats) / math.log(2), rtol=1e-5)  # a byte a token
+
+
+# -- Stop and continue
+
+
+@pytest.mark.parametrize("signum, after", [(signal.SIGINT, 2), (signal.SIGTERM, 4)], ids=["SIGINT", "SIGTERM"])
+def test_a_run_that_was_stopped_and_continued_equals_the_unstopped_one(
+    signum, after, config, unstopped, tmp_path, one_device
+):
+    handler = signal.getsignal(signum)
+    with pytest.MonkeyPatch.context() as patch:
+        after_logging(patch, after, lambda: os.kill(os.getpid(), signum))
+        with pytest.raises(Stopped, match=f"stopped at step {after + 1}") as stopped:
+            fit(config(), workdir=tmp_path / "run")
+    assert stopped.value.signum == signum and signal.getsignal(signum) == handler
+    assert steps_saved(tmp_path / "run")[-1] == after + 1
+    assert lines(tmp_path / "run")[-1]["step"] <= after + 1
+    fit(config(), workdir=tmp_path / "run")
+    assert_same_run(tmp_path / "run", unstopped)
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 7, "lo'])
+def test_a_killed_run_continues_from_its_last_checkpoint(end, config, unstopped, copy, one_device):
+    """All later lines are there, and perhaps a part of one more."""
+    workdir = copy(until=4)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(end)
+    before = lines(unstopped, timing=True)
+    fit(config(), workdir=workdir)
+    assert_same_run(workdir, unstopped)
+    after = lines(workdir, timing=True)
+    kept = [line for line in before if line["step"] <= 4]
+    assert after[: len(kept)] == kept
+    assert after[len(kept)]["wall_seconds"] > kept[-2]["wall_seconds"]  # time goes on where it was
+
+
+def test_a_run_killed_before_its_last_line_writes_it(config, unstopped, copy, one_device):
+    workdir = copy()
+    whole = (workdir / "metrics.jsonl").read_text()
+    (workdir / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    fit(config(), workdir=workdir)
+    assert (workdir / "metrics.jsonl").read_text() == whole
+
+
+def test_eight_devices_continue_one_devices_run_with_its_losses(config, unstopped, copy):
+    assert len(jax.devices()) == 8
+    workdir = copy(until=4)
+    lm = fit(config(), workdir=workdir)
+    assert [list(line) for line in lines(workdir)] == [list(line) for line in lines(unstopped)]
+    for one, eight in zip(lines(unstopped), lines(workdir), strict=True):
+        np.testing.assert_allclose([*eight.values()], [*one.values()], rtol=1e-5)
+    assert lm.generate("the ", max_new_tokens=8, temperature=0.0).startswith("the ")
+
+
+# -- The same run or another one
+
+
+def test_a_finished_run_is_returned_untouched_with_every_key_that_may_differ(
+    config, copy, tiny_text, tmp_path, one_device, monkeypatch
+):
+    workdir = copy()
+    shutil.copy(tiny_text, tmp_path / "moved.txt")
+    changes = {
+        "train.eval_every": 5,
+        "train.save_every": 5,
+        "train.log_every": 5,
+        "train.sample_every": 5,
+        "train.keep_checkpoints": 1,
+        "train.profile_steps": 1,
+        "train.accumulation_steps": 2,
+        "model.attention": "plain",
+        "model.layer_execution": "scan",
+        "model.remat": "block",
+        "data.path": str(tmp_path / "moved.txt"),
+        "data.cache_dir": str(tmp_path / "other_cache"),
+        "mesh.data": 1,
+        "train.num_steps": 5,
+    }
+    assert {*changes} == train.MAY_DIFFER
+    before = (workdir / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(train.data, "train_batches", lambda *args, **kwargs: [])  # no batch to train on
+    lm = fit(config(**changes), workdir=workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    jax.tree.map(np.testing.assert_array_equal, lm.params, llm_jax.load(workdir, step=6).params)
+
+
+@pytest.mark.parametrize(
+    "key, there, here",
+    [
+        ("model.n_head", "4", "2"),
+        ("optim.peak_lr", "0.003", "0.1"),
+        ("train.batch_size", "8", "4"),
+        ("train.seed", "0", "3"),
+        ("train.eval_batches", "2", "1"),
+        ("data.val_fraction", "0.1", "0.2"),
+        ("data.tokenizer", "'byte'", "'char'"),
+    ],
+)
+def test_another_config_is_an_error_with_both_values(key, there, here, config, unstopped, one_device):
+    before = (unstopped / "config.json").read_bytes()
+    message = error_of(fit, config(**{key: json.loads(here.replace("'", '"'))}), workdir=unstopped)
+    assert f"{key} {there} there and {here} here" in message and str(unstopped) in message
+    assert (unstopped / "config.json").read_bytes() == before
+
+
+def test_the_same_path_with_another_text_is_an_error(tiny_text, cache, unstopped, tmp_path, one_device):
+    changed = tmp_path / tiny_text.name
+    changed.write_bytes(tiny_text.read_bytes() + b"the end.\n")
+    message = error_of(fit, tiny_config(changed, cache), workdir=unstopped)
+    assert "data.content_hash" in message
+
+
+def test_more_steps_continue_a_finished_run(config, unstopped, copy, one_device):
+    workdir = copy()
+    fit(config(**{"train.num_steps": 8, "train.profile_steps": 0}), workdir=workdir)
+    whole = lines(workdir)
+    assert whole[: len(lines(unstopped)) - 1] == lines(unstopped)[:-1]
+    assert [line["step"] for line in whole if "loss" in line] == [*range(1, 9)]
+    assert [line["step"] for line in whole if "val_loss_full" in line] == [8]
+    assert whole[-1]["step"] == 8 and "val_loss_full" in whole[-1]
+    assert not (workdir / "profile").exists()
+
+
+def test_fewer_steps_than_an_unfinished_run_has_made_end_it_where_it_is(config, copy, one_device):
+    """Its lines may not say that step 3 came after step 4."""
+    workdir = copy(until=4)
+    kept = [line for line in (workdir / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 4]
+    (workdir / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    fit(config(**{"train.num_steps": 3}), workdir=workdir)
+    last = lines(workdir)[-1]
+    assert last["step"] == 4 and "val_loss_full" in last
+
+
+# -- Device memory
+
+
+def on_device(free_last_model=True):
+    """Where each live buffer lies -> its shape; an array and its only shard are one buffer."""
+    if free_last_model:
+        train._free_last_model()  # else that happens in the next `fit`, which then takes the same places again
+    gc.collect()
+    shards = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
+    return {shard.unsafe_buffer_pointer(): shard.shape for shard in shards}
+
+
+def parameter_shapes(lm):
+    return {leaf.shape for leaf in jax.tree.leaves(lm.params)}
+
+
+def test_a_second_fit_moves_the_first_model_off_the_device(config, copy, one_device):
+    workdir = copy()
+    first = fit(config(), workdir=workdir)
+    buffers = jax.tree.leaves(first.params)
+    text = first.generate("the ", max_new_tokens=8)
+    second = fit(config(), workdir=workdir)
+    assert all(buffer.is_deleted() for buffer in buffers)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(first.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(second.params))
+    assert first.generate("the ", max_new_tokens=8) == text == second.generate("the ", max_new_tokens=8)
+
+
+def test_a_fit_leaves_the_parameters_on_the_device_and_nothing_of_the_optimizer(config, copy, one_device):
+    before = on_device()
+    lm = fit(config(), workdir=copy(until=4))
+    left = [
+        shape
+        for at, shape in on_device(free_last_model=False).items()
+        if at not in before and shape in parameter_shapes(lm)
+    ]
+    assert len(left) == len(jax.tree.leaves(lm.params))
+
+
+def test_an_error_in_the_loop_leaves_no_state_on_the_device(config, copy, one_device, monkeypatch, tmp_path):
+    """The error is kept, as a notebook keeps it, and with it the frames that hold the state."""
+    shapes = parameter_shapes(llm_jax.load(copy()))
+    before = on_device()
+
+    def fail():
+        raise RuntimeError("full disk")
+
+    after_logging(monkeypatch, 2, fail)
+    with pytest.raises(RuntimeError, match="full disk") as error:
+        fit(config(), workdir=tmp_path / "failing")
+    assert error.value.__traceback__ is not None
+    assert [shape for at, shape in on_device().items() if at not in before and shape in shapes] == []
+
+
+# -- Talk, samples, traces, compilation
+
+
+def test_standard_output_holds_the_samples_alone_and_a_trace_is_written(
+    config, tmp_path, one_device, monkeypatch, capsys
+):
+    programs, made = train._programs, []
+    monkeypatch.setattr(train, "_programs", lambda *args: made.extend(programs(*args)) or made)
+    workdir = tmp_path / "run"
+    changes = {"train.sample_every": 4, "train.profile_steps": 2, "train.log_every": 0, "train.eval_every": 0}
+    lm = fit(config(**changes, **{"train.save_every": 0}), workdir=workdir)
+    out, err = capsys.readouterr()
+    last = lm.generate("the ", max_new_tokens=8)
+    assert out.endswith(f"\n{last}\n") and out.count("the ") >= 2  # after step 4 and at the end
+    assert out.startswith("the ") and len(out) <= 2 * (4 + 8 + 1)
+    assert "31,904 parameters" in err and "10,800 training tokens" in err and "whole validation split" in err
+    assert list(workdir.glob("profile/**/*.xplane.pb"))
+    assert [line["step"] for line in lines(workdir)] == [STEPS] * 3  # an interval of 0: only at the end
+    assert [function._cache_size() for function in made] == [1, 1, 1]
+
+
+def test_a_mistake_is_told_before_anything_is_written(config, tmp_path):
+    workdir = tmp_path / "run"
+    assert "devices (8)" in error_of(fit, config(**{"train.batch_size": 6}), workdir=workdir)
+    assert "(255)" in error_of(fit, config(**{"model.vocab_size": 255}), workdir=workdir)
+    assert "mesh.data (3)" in error_of(fit, config(**{"mesh.data": 3}), workdir=workdir)
+    assert "missing.txt" in error_of(fit, config(**{"data.path": "missing.txt"}), workdir=workdir)
+    assert "nothing.py" in error_of(fit, tmp_path / "nothing.py", workdir=workdir)
+    assert "100001" in error_of(fit, config(**{"model.block_size": 100_000}), workdir=workdir)
+    assert "sample.prompt ('')" in error_of(fit, config(**{"sample.prompt": ""}), workdir=workdir)
+    assert "unknown config key" in error_of(fit, ConfigDict({"modell": {}}), workdir=workdir)
+    assert not workdir.exists()
+
+
+def test_a_first_signal_is_noted_and_a_second_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with train._stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_training_in_a_thread_goes_without_signal_handlers():
+    noted = []
+
+    def run():
+        with train._stop_signals() as stop:
+            noted.append(stop.signum)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert noted == [None]

@@ -1,0 +1,175 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llm_jax import model, train, train_step
+from llm_jax.config import freeze
+from llm_jax.data import Batch
+from llm_jax.sharding import make_mesh, split_batch
+
+COMBINATIONS = [(r, n) for r in (True, False) for n in (True, False)]
+BYTES = np.ones(19, np.int32)
+
+
+def make(**values):
+    given = {
+        "model": dict(n_embd=16, n_head=2, n_layer=2, block_size=8, vocab_size=19),
+        "optim": dict(peak_lr=1e-2, warmup_steps=2),
+        "train": dict(batch_size=8, num_steps=20),
+    }
+    for key, value in values.items():
+        group, name = key.split("__")
+        given[group][name] = value
+    return freeze(given)
+
+
+def some_batch(seed=0, mask=None) -> Batch:
+    tokens = np.random.default_rng(seed).integers(0, 19, (8, 9)).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((8, 8), np.float32) if mask is None else mask)
+
+
+def programs(cfg, num_devices=1):
+    mesh = make_mesh(cfg.mesh, jax.devices()[:num_devices])
+    init, train_fn, eval_fn = train._programs(cfg, mesh, BYTES)
+    return init, train_fn, eval_fn, functools.partial(jax.device_put, device=split_batch(mesh))
+
+
+def uneven_mask():
+    """Micro-batches (rows a, a + 2, ...) of 12 and 1 places, of 4 x 8 each."""
+    mask = np.zeros((8, 8), np.float32)
+    mask[0::2, :3] = 1
+    mask[1, 5] = 1
+    return mask
+
+
+def one_update(cfg, batch, optimizer, *, accumulation_steps=1, apply_fn=None, step=0):
+    network = model.Transformer(cfg.model)
+    params = jax.jit(model.init_params, static_argnums=0)(cfg.model, jax.random.key(0))
+    make_step = train_step.make_train_step(
+        apply_fn or (lambda params, tokens, key: network.apply({"params": params}, tokens)[0]),
+        optimizer,
+        lambda count: jnp.float32(0.5),
+        accumulation_steps=accumulation_steps,
+        run_key=jax.random.key(1),
+    )
+    state = train_step.init_state(params, optimizer)._replace(step=jnp.int32(step))
+    return state, *jax.jit(make_step)(state, batch)
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 8])
+def test_accumulated_micro_batches_equal_the_one_batch_also_with_uneven_masks(accumulation_steps):
+    """By SGD with rate 1: the update is the gradient. Adam's first step would only show its signs."""
+    cfg, batch = make(), some_batch(mask=uneven_mask())
+    _, whole, metrics = one_update(cfg, batch, optax.sgd(1.0))
+    _, parts, part_metrics = one_update(cfg, batch, optax.sgd(1.0), accumulation_steps=accumulation_steps)
+    for name in metrics:
+        np.testing.assert_allclose(part_metrics[name], metrics[name], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)  # gradients are of size 1e-2 to 1
+
+
+def test_metrics_and_update_are_those_of_the_mean_loss_over_the_mask():
+    cfg, mask = make(), uneven_mask()
+    batch = some_batch(mask=mask)
+    before, after, metrics = one_update(cfg, batch, optax.sgd(1.0))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        logits = model.Transformer(cfg.model).apply({"params": params}, jnp.asarray(batch.tokens))[0]
+        logprobs = jax.nn.log_softmax(logits)
+        nats = -jnp.take_along_axis(logprobs, batch.targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(nats * mask) / 13
+
+    value, gradient = loss(before.params)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+    assert {*metrics} == {"loss", "learning_rate", "grad_norm"}
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    assert metrics["learning_rate"] == 0.5 and after.step == 1
+    expected = jax.tree.map(lambda p, g: p - g, before.params, gradient)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), after.params, expected)
+
+
+def test_a_batch_with_nothing_to_predict_changes_nothing():
+    before, after, metrics = one_update(make(), some_batch(mask=np.zeros((8, 8), np.float32)), optax.sgd(1.0))
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
+def test_the_dropout_key_depends_on_the_step_and_on_the_micro_batch():
+    """A stand-in network whose logits for the right answer are a random number: the loss shows the key."""
+
+    def apply_fn(params, tokens, key):
+        return jax.random.normal(key, (*tokens.shape, 19)) + params["final_norm"]["weight"].sum() * 0
+
+    rows = np.tile(some_batch().tokens[:1], (8, 1))
+    batch = Batch(rows, rows, np.ones((8, 8), np.float32))
+
+    def loss(**kwargs):
+        return float(one_update(make(), batch, optax.sgd(0.0), apply_fn=apply_fn, **kwargs)[2]["loss"])
+
+    assert loss() == loss() and loss() != loss(step=1)
+    key = jax.random.fold_in(jax.random.key(1), 0)
+    logits = [apply_fn({"final_norm": {"weight": jnp.ones(1)}}, rows[:4], jax.random.fold_in(key, i)) for i in (0, 1)]
+    nats = optax.softmax_cross_entropy_with_integer_labels(jnp.concatenate(logits), rows)
+    np.testing.assert_allclose(loss(accumulation_steps=2), nats.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("use_rope, use_rmsnorm", COMBINATIONS)
+def test_loss_falls_on_a_repeated_batch_and_nothing_is_compiled_twice(use_rope, use_rmsnorm):
+    cfg = make(model__use_rope=use_rope, model__use_rmsnorm=use_rmsnorm, train__num_steps=30, optim__peak_lr=3e-2)
+    init, train_fn, eval_fn, put = programs(cfg)
+    state, losses = init(), []
+    for _ in range(30):
+        state, metrics = train_fn(state, put(some_batch()))
+        losses.append(float(metrics["loss"]))
+        eval_fn(state.params, put(some_batch(1)))
+    # Random tokens: only memory of the batch brings the loss below ln 19 = 2.94.
+    assert losses[0] > 2.8 and losses[-1] < 1.5
+    assert train_fn._cache_size() == eval_fn._cache_size() == 1
+
+
+def test_eight_devices_give_one_devices_losses_with_and_without_accumulation():
+    def losses(num_devices, **values):
+        init, train_fn, _, put = programs(make(train__batch_size=16, **values), num_devices)
+        state, out = init(), []
+        for step in range(20):
+            halves = some_batch(2 * step, uneven_mask()), some_batch(2 * step + 1)  # devices with more and less
+            batch = Batch(*(np.concatenate(pair) for pair in zip(*halves, strict=True)))
+            state, metrics = train_fn(state, put(batch))
+            assert len(state.params["final_norm"]["weight"].sharding.device_set) == num_devices
+            out.append(float(metrics["loss"]))
+        return out
+
+    one = losses(1)
+    np.testing.assert_allclose(losses(8), one, rtol=1e-5)
+    np.testing.assert_allclose(losses(8, train__accumulation_steps=2), one, rtol=1e-5)
+
+
+def test_the_states_buffers_are_donated():
+    init, train_fn, _, put = programs(make())
+    state = init()
+    new_state, _ = train_fn(state, put(some_batch()))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new_state))
+
+
+def test_the_seed_decides_the_initial_parameters():
+    def norm(seed):
+        return float(jnp.sum(jnp.abs(programs(make(train__seed=seed))[0]().params["blocks"]["attn"]["q"])))
+
+    assert norm(0) == norm(0) != norm(1)
+
+
+def test_eval_step_sums_nats_tokens_and_bytes_over_the_mask():
+    mask, logits = uneven_mask(), jax.random.normal(jax.random.key(0), (8, 8, 19))
+    batch, token_bytes = some_batch(mask=mask), np.arange(19, dtype=np.int32)
+    sums = jax.jit(train_step.make_eval_step(lambda params, tokens: logits, token_bytes))({}, batch)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    np.testing.assert_allclose(sums.nats, (nats * mask).sum(), rtol=1e-6)
+    assert sums.tokens == 13 and sums.bytes == (batch.targets * mask).sum()
