@@ -25,7 +25,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # else jax and orbax tell each of their steps
+            logging.set_verbosity(logging.ERROR)  # else orbax tells each of its steps, and grain of older jax
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding has not
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         try:

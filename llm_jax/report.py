@@ -27,12 +27,14 @@ class Report:
         self._file = self._path.open("a")
         self._start, self._first_step = time.monotonic(), first_step
         # A terminal or a notebook gets one live line, anything else (a log file) a plain line a log.
-        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        in_notebook = "ipykernel" in sys.modules
+        self._live = sys.stderr.isatty() or in_notebook
+        bar = "{bar}" if in_notebook else "{bar:20}"  # with a width, a notebook draws it in text beside its widget
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
             disable=not self._live,
-            bar_format="step {n_fmt}/{total_fmt} |{bar:20}|{postfix}",
+            bar_format=f"step {{n_fmt}}/{{total_fmt}} |{bar}| {{desc}}",
         )
 
     def __enter__(self) -> "Report":
@@ -56,7 +58,7 @@ class Report:
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
         if self._live:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
         else:

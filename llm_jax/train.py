@@ -130,7 +130,8 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
                     raise Stopped(stop.signum, num_steps, workdir)
 
                 val_loss, bits_per_byte = _evaluate(eval_fn, state.params, map(put, val_whole))
-                report.log(max(first_step, num_steps), {"val_loss_full": val_loss, "bits_per_byte_full": bits_per_byte})
+                last_step = max(first_step, num_steps)  # a run may be told to end before the step it has reached
+                report.log(last_step, {"val_loss_full": val_loss, "bits_per_byte_full": bits_per_byte})
                 say(f"whole validation split: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
                 language_model = LanguageModel(cfg, state.params, tokenizer)
                 _print_sample(language_model)

@@ -1,5 +1,6 @@
 """8 fake CPU devices, annotations of shape and type checked, a tiny config, and no silent skips in CI."""
 
+import contextlib
 import os
 import random
 import re
@@ -65,11 +66,19 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
+@contextlib.contextmanager
+def only_one_device():
     """`jax.devices()` is the first device alone: as most machines are, and faster than 8 fakes on 2 cores."""
     first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda backend=None: first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda backend=None: first)
+        yield
+
+
+@pytest.fixture
+def one_device():
+    with only_one_device():
+        yield
 
 
 def sentences(seed: int, num_bytes: int) -> str:
@@ -122,8 +131,7 @@ def tiny_run(tiny_text, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny_run")
     every = {"train.num_steps": 60, "train.eval_every": 20, "train.save_every": 20, "train.log_every": 20}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda backend=None, first=jax.devices()[:1]: first)
+    with only_one_device():
         fit(tiny_config(tiny_text, folder / "cache", **every), workdir=folder / "run")
     return folder / "run"
 

@@ -1,7 +1,7 @@
 """The notebooks: clean files whose code cells, run in order as a kernel would, give sensible results.
 
-Cells run in a process of their own, with no Jupyter: plain Python, matplotlib's Agg, a temporary
-folder. The cell tagged "settings" is followed by smaller values; the "install" cell runs as in a
+Each notebook's cells run in a process of their own, the two at once, with no Jupyter: plain Python,
+matplotlib's Agg, a temporary folder. The cell tagged "settings" is followed by smaller values; the "install" cell runs as in a
 kernel that has llm_jax, and once more with git and pip replaced by recorders.
 """
 
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,6 @@ open("results.json", "w").write(_json.dumps(_results))
 """
 
 SMALL = {
-    "TEXT": str(REPOSITORY / "llm_jax" / "ops"),
     "NUM_STEPS": 60,
     "BATCH_SIZE": 8,
     "N_LAYER": 2,
@@ -49,7 +49,9 @@ SMALL = {
     "BLOCK_SIZE": 32,
     "VOCAB_SIZE": 300,
     "PEAK_LR": 1e-2,
-    "NEW_TOKENS": 20,
+    "WARMUP_STEPS": 10,
+    "PROMPT": "the ",
+    "NEW_TOKENS": 40,  # as many as in the cells that have a number of their own: one program less
     "COMPARE_STEPS": 20,
 }
 
@@ -77,56 +79,75 @@ def run(name, folder, *, settings, expressions):
     env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     env |= {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
         "LLM_JAX_CACHE": str(folder / "cache"),
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONIOENCODING": "utf-8",
     }
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=300
+        [sys.executable, str(script)],
+        check=False,
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout, json.loads((folder / "results.json").read_text()), sorted(folder.glob("figure_*.png"))
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    expressions = {
-        "losses": "[line['loss'] for line in metrics if 'loss' in line]",
-        "val_losses": "[line['val_loss'] for line in metrics if 'val_loss' in line]",
-        "last": "metrics[-1]",
-        "num_steps": "lm.config.train.num_steps",
-        "prompts": "prompts",
-        "texts": "texts",
-        "alone_is_same": "alone == texts[1]",
-        "reload_is_same": "same",
-        "kept": "[int(kept.sum()), len(probs)]",
-        "parameters": "[sum(p.size for p in jax.tree.leaves(llm_jax.load(RUNS / (RUN_NAME + end)).params)) "
-        "for end in ('-modern', '-old')]",
-        "switches": "[llm_jax.load(RUNS / (RUN_NAME + end)).config.model.use_rope for end in ('-modern', '-old')]",
-    }
-    folder = tmp_path_factory.mktemp("quickstart")
-    return run("quickstart", folder, settings=SMALL, expressions=expressions)
+# What each notebook's variables hold at its end.
+QUICKSTART = {
+    "losses": "[line['loss'] for line in metrics if 'loss' in line]",
+    "val_losses": "[line['val_loss'] for line in metrics if 'val_loss' in line]",
+    "last": "metrics[-1]",
+    "num_steps": "lm.config.train.num_steps",
+    "prompts": "prompts",
+    "texts": "texts",
+    "alone_is_same": "alone == texts[1]",
+    "reload_is_same": "same",
+    "kept": "[int(kept.sum()), len(probs)]",
+    "parameters": "[sum(p.size for p in jax.tree.leaves(llm_jax.load(RUNS / (RUN_NAME + end)).params)) "
+    "for end in ('-modern', '-old')]",
+    "switches": "[llm_jax.load(RUNS / (RUN_NAME + end)).config.model.use_rope for end in ('-modern', '-old')]",
+}
+PURE_FUNCTIONS = {
+    "rope_spread": "float(rope_spread)",
+    "score_range": "float(np.ptp(scores))",
+    "table_error": "table_error",
+    "slow_down": "{kind: [float(s[0]), float(s[-1])] for kind, s in slow_down.items()}",
+    "norm_grad_error": "norm_grad_error",
+    "kept": "[int(jnp.isfinite(masked).sum()) for masked in masks.values()]",
+    "drawn": "[len(set(np.asarray(drawn[:, row]).tolist())) for row in range(3)]",
+    "weights": "{name: w.tolist() for name, w in weights.items()}",
+    "attention_error": "attention_error",
+    "loss": "[float(total), float(row_totals.sum()), float(count)]",
+    "loss_grad_error": "loss_grad_error",
+    "losses": "[float(losses[0]), float(losses[-1])]",
+    "learned": "[float(learned[t, t - PERIOD + 1]) for t in range(PERIOD, len(learned))]",
+}
 
 
 @pytest.fixture(scope="module")
-def pure_functions(tmp_path_factory):
-    expressions = {
-        "rope_spread": "float(rope_spread)",
-        "score_range": "float(np.ptp(scores))",
-        "table_error": "table_error",
-        "slow_down": "{kind: [float(s[0]), float(s[-1])] for kind, s in slow_down.items()}",
-        "norm_grad_error": "norm_grad_error",
-        "kept": "[int(jnp.isfinite(masked).sum()) for masked in masks.values()]",
-        "drawn": "[len(set(np.asarray(drawn[:, row]).tolist())) for row in range(3)]",
-        "weights": "{name: w.tolist() for name, w in weights.items()}",
-        "attention_error": "attention_error",
-        "loss": "[float(total), float(row_totals.sum()), float(count)]",
-        "loss_grad_error": "loss_grad_error",
-        "losses": "[float(losses[0]), float(losses[-1])]",
-        "learned": "[float(learned[t, t - PERIOD + 1]) for t in range(PERIOD, len(learned))]",
-    }
-    folder = tmp_path_factory.mktemp("pure_functions")
-    return run("pure_functions", folder, settings={}, expressions=expressions)
+def runs(tmp_path_factory, tiny_text):
+    settings = SMALL | {"TEXT": str(tiny_text)}
+    with ThreadPoolExecutor() as pool:
+        start = lambda name, **how: pool.submit(run, name, tmp_path_factory.mktemp(name), **how)
+        yield {
+            "quickstart": start("quickstart", settings=settings, expressions=QUICKSTART),
+            "pure_functions": start("pure_functions", settings={}, expressions=PURE_FUNCTIONS),
+        }
+
+
+@pytest.fixture
+def quickstart(runs):
+    return runs["quickstart"].result()
+
+
+@pytest.fixture
+def pure_functions(runs):
+    return runs["pure_functions"].result()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -157,7 +178,7 @@ def test_code_cells_are_plain_python(name):
 def test_small_settings_override_settings_that_are_there():
     [(_, source)] = code_cells("quickstart", "settings")
     names = {target.id for node in ast.parse(source).body for target in node.targets}
-    assert SMALL.keys() <= names
+    assert {*SMALL, "TEXT"} <= names
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -193,7 +214,7 @@ def test_install_cell_leaves_jax_alone(name, monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "run", installer({"llm_jax": "0.1.0"}))
     exec(filled_in, {})
-    (git, clone, *options, address, folder), (python, *pip) = commands
+    (git, clone, *_, address, folder), (python, *pip) = commands
     assert (git, clone, address) == ("git", "clone", "https://github.com/someone/llm_jax")
     assert python == sys.executable and pip == ["-m", "pip", "install", "--quiet", folder]
     assert not os.path.exists(folder)
@@ -224,13 +245,13 @@ def test_quickstart_trains(quickstart):
     assert results["num_steps"] == SMALL["NUM_STEPS"] == results["last"]["step"]
     assert results["losses"][0] > 5  # ln 300 = 5.7
     assert results["losses"][-1] < results["losses"][0] - 1
-    assert results["val_losses"] == sorted(results["val_losses"], reverse=True)
+    assert len(results["val_losses"]) > 5 and results["val_losses"][-1] < results["val_losses"][0] - 1
     assert 0 < results["last"]["bits_per_byte_full"] < 8
 
 
 def test_quickstart_samples(quickstart):
     out, results, _ = quickstart
-    assert all(f"--- temperature {temperature} ---\ndef " in out for temperature in ("0.0", "0.8", "1.3"))
+    assert all(f"--- temperature {temperature} ---\nthe " in out for temperature in ("0.0", "0.8", "1.3"))
     assert len(results["texts"]) == len(results["prompts"]) == 4
     for prompt, text in zip(results["prompts"], results["texts"], strict=True):
         assert text.startswith(prompt) and len(text) > len(prompt) + 20
@@ -249,7 +270,7 @@ def test_quickstart_compares_models_of_one_size(quickstart):
 
 def test_pure_functions_of_positions_and_norms(pure_functions):
     _, results, _ = pure_functions
-    assert results["rope_spread"] < 1e-4 < 1 < results["score_range"]
+    assert results["rope_spread"] < 1e-4 and results["score_range"] > 1
     assert results["table_error"] < 1e-5
     fastest_and_slowest = {"linear": (8, 8), "ntk": (1, 8), "llama3": (1, 8), "yarn": (1, 8)}
     assert {k: tuple(round(x, 3) for x in v) for k, v in results["slow_down"].items()} == fastest_and_slowest

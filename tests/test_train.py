@@ -11,7 +11,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import only_one_device, tiny_config
 from ml_collections import ConfigDict
 
 import llm_jax
@@ -38,8 +38,7 @@ def config(tiny_text, cache):
 def unstopped(tiny_text, cache, tmp_path_factory):
     """The folder of a run that went through; to be read, or copied."""
     folder = tmp_path_factory.mktemp("unstopped")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda backend=None, first=jax.devices()[:1]: first)
+    with only_one_device():
         fit(tiny_config(tiny_text, cache), workdir=folder)
     return folder
 
