@@ -31,8 +31,13 @@ class Process:
     def __init__(self, commands: "Commands", pid: int, stdout: Path, stderr: Path):
         self._commands, self.pid, self.stdout, self.stderr = commands, pid, stdout, stderr
 
-    def wait(self) -> Result:
-        code = self._commands._ask(wait=self.pid)
+    def wait(self, *, timeout: float = 120) -> Result:
+        deadline = time.monotonic() + timeout
+        while (code := self._commands._ask(poll=self.pid)) is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise TimeoutError(self.stderr.read_text(errors="replace"))
+            time.sleep(0.01)
         # Not read_text, which would make "\r" another character.
         return Result(code, *(file.read_bytes().decode(errors="replace") for file in (self.stdout, self.stderr)))
 
@@ -97,9 +102,9 @@ def _serve() -> None:
     codes = {}
     for line in sys.stdin:
         request = json.loads(line)
-        if pid := request.get("wait") or request.get("poll"):
+        if pid := request.get("poll"):
             if pid not in codes:
-                done, status = os.waitpid(pid, 0 if "wait" in request else os.WNOHANG)
+                done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
             answer = codes.get(pid)
