@@ -1,8 +1,8 @@
 """The notebooks: clean files whose code cells, run in order as a kernel would, give sensible results.
 
 Each notebook's cells run in a process of their own, the two at once, with no Jupyter: plain Python,
-matplotlib's Agg, a temporary folder. The cell tagged "settings" is followed by smaller values; the "install" cell runs as in a
-kernel that has llm_jax, and once more with git and pip replaced by recorders.
+matplotlib's Agg, a temporary folder. The cell tagged "settings" is followed by smaller values; the "install"
+cell runs as in a kernel that has llm_jax, and once more with git and pip replaced by recorders.
 """
 
 import ast

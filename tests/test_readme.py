@@ -33,7 +33,9 @@ def workplace(tmp_path_factory, clean_env):
 
 
 @pytest.mark.parametrize(
-    ("language", "code"), [(language, code) for mark, language, code in BLOCKS if not mark], ids=lambda text: text[:40]
+    ("language", "code"),
+    [(language, code) for mark, language, code in BLOCKS if not mark],
+    ids=lambda text: text[:40],
 )
 def test_a_block_runs(workplace, language, code):
     folder, environment = workplace
@@ -50,8 +52,8 @@ def test_blocks_are_found():
 def test_a_record_is_complete_and_in_the_table(path):
     record = json.loads(path.read_text())
     assert record.keys() >= RECORD_KEYS
-    row = f"| {record['what']} | {record['figure']} | `{record['command']}` | {record['hardware']} | {record['commit']} |"
-    assert row in README
+    cells = (record["what"], record["figure"], f"`{record['command']}`", record["hardware"], record["commit"])
+    assert f"| {' | '.join(cells)} |\n" in README
 
 
 def test_the_table_holds_nothing_but_records():

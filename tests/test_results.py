@@ -72,8 +72,9 @@ def test_small(clean_env, tmp_path):
     report(
         "small",
         "`configs/small.py`, the first line of this page after installation",
-        f"{seconds / 60:.1f} min, {gibibytes:.1f} GiB, {last['bits_per_byte_full']:.3f} bits per byte; of 20 samples' "
-        f"lines {by_four:.0%} indented by a multiple of 4, {deep:.0%} by 4 or more, {defs} samples define a function",
+        f"{seconds / 60:.1f} min, {gibibytes:.1f} GiB, {last['bits_per_byte_full']:.3f} bits per byte; "
+        f"of 20 samples' lines {by_four:.0%} indented by a multiple of 4, {deep:.0%} by 4 or more, "
+        f"{defs} samples define a function",
         "small",
         [{"seconds": seconds, "gibibytes": gibibytes, **last, "by_four": by_four, "deep": deep, "defs": defs}],
     )
@@ -89,8 +90,8 @@ def test_shakespeare(clean_env, tmp_path):
     runs = []
     for seed in range(3):
         workdir = tmp_path / f"seed{seed}"
-        config = ("--config=configs/shakespeare_char_cpu.py", f"--config.train.seed={seed}", f"--config.data.path={text}")
-        _, seconds = run(clean_env, "-m", "llm_jax.main", *config, f"--workdir={workdir}")
+        changes = (f"--config.train.seed={seed}", f"--config.data.path={text}", f"--workdir={workdir}")
+        _, seconds = run(clean_env, "-m", "llm_jax.main", "--config=configs/shakespeare_char_cpu.py", *changes)
         last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
         runs.append({"seed": seed, "seconds": seconds, **last})
     losses = [each["val_loss_full"] for each in runs]
