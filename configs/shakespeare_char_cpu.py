@@ -2,6 +2,10 @@
 steps, no dropout) with RMSNorm, RoPE and SwiGLU in the block.
 
 python -m llm_jax.main --config=configs/shakespeare_char_cpu.py
+
+Parameters: 787,712, 779,392 without embeddings; nanoGPT's shape, with its learned positions, has 804,096.
+Hardware: 2 cores of an AMD EPYC. Score: val loss 1.680 over the whole validation split, mean of three seeds;
+nanoGPT's own is 1.886.
 """
 
 from llm_jax.config import default

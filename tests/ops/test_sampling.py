@@ -83,7 +83,7 @@ def test_limits():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6), st.integers(1, 6))
+@given(st.lists(st.floats(-20, 20, width=32, allow_subnormal=False), min_size=6, max_size=6), st.integers(1, 6))
 def test_top_k_keeps_exactly_what_reaches_the_kth_value(values, k):
     logits = np.array(values, np.float32)
     np.testing.assert_array_equal(kept(JIT_TOP_K(logits, k)), logits >= np.sort(logits)[-k])
