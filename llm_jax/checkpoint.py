@@ -47,9 +47,20 @@ def save(manager: ocp.CheckpointManager, step: int, trees: Mapping[str, Any], *,
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved trees that `like` names, on the shardings of its arrays or ShapeDtypeStructs."""
+    """The saved trees that `like` names, on the shardings of its arrays or ShapeDtypeStructs.
+
+    Raises:
+        InputError: the checkpoint's files are damaged, or hold other names and shapes than `like`.
+    """
     args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
-    return dict(manager.restore(step, args=args).items())
+    try:
+        return dict(manager.restore(step, args=args).items())
+    except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore raise for such a folder
+        reason = " ".join(str(error).split())[:200]  # tensorstore adds its whole specification
+        raise InputError(
+            f"checkpoint {manager.directory / str(step)} is damaged or does not fit the run's config.json "
+            f"({reason}); remove it to go on from the one before"
+        ) from error
 
 
 def pick_step(manager: ocp.CheckpointManager, which: int | str) -> int:

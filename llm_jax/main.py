@@ -3,6 +3,7 @@
 Run it again to continue where it stopped.
 """
 
+import glob
 from pathlib import Path
 
 from absl import flags as absl_flags
@@ -35,7 +36,10 @@ def main() -> None:
 
 def _default_workdir(data_path: str | None) -> Path:
     name = Path(_CONFIG.value).stem
-    return Path("runs") / (f"{name}-{Path(data_path).resolve().stem}" if data_path else name)
+    if data_path:
+        plain = [part for part in Path(data_path).resolve().parts if not glob.has_magic(part)]
+        name += f"-{Path(plain[-1]).stem}"  # of books/*.txt it is books
+    return Path("runs") / name
 
 
 if __name__ == "__main__":

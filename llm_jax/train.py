@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from llm_jax import checkpoint, data, model, optim, pretrained, sharding, train_step
 from llm_jax.config import Config, as_dict, freeze, load_file
+from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.report import Report, plot_losses, read_metrics, say
@@ -28,6 +29,14 @@ MAY_DIFFER = frozenset(
     "train.profile_steps train.accumulation_steps model.attention model.layer_execution model.remat "
     "data.path data.cache_dir mesh.data".split()  # data is the same by data.content_hash
 )
+
+
+class Interrupted(KeyboardInterrupt):
+    """A second signal came before the first one's save: nothing was saved since the last checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__("interrupted before saving; the same command continues from the last checkpoint")
+        self.signum = signum
 
 
 class Stopped(KeyboardInterrupt):
@@ -56,7 +65,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices())
     sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
-    corpus = data.prepare(cfg.data)
+    corpus = prepare(cfg.data)
     cfg = _resolve(cfg, corpus)
     if (workdir / "config.json").exists():
         _check_same_run(pretrained.read_config(workdir), cfg, workdir)
@@ -64,7 +73,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
     except InputError as error:  # now, and not when the training is done
-        raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}") from None
+        raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}; or set another sample.prompt") from None
     shape = dict(block_size=cfg.model.block_size, batch_size=cfg.train.batch_size)
     batches = data.train_batches(corpus.train, **shape, seed=cfg.train.seed)
     val_part = data.eval_batches(corpus.val, **shape, max_batches=cfg.train.eval_batches)
@@ -142,7 +151,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     return _remember(language_model)
 
 
-def _resolve(cfg: Config, corpus: data.Corpus) -> Config:
+def _resolve(cfg: Config, corpus: Corpus) -> Config:
     """Fills in what the corpus decides."""
     needed, vocab_size = corpus.tokenizer.vocab_size, cfg.model.vocab_size
     if vocab_size is not None and vocab_size < needed:
@@ -162,7 +171,7 @@ def _check_same_run(recorded: Config, cfg: Config, workdir: Path) -> None:
     changed = [key for key in new if old[key] != new[key] and key not in MAY_DIFFER]
     if changed:
         differences = ", ".join(f"{key} {old[key]!r} there and {new[key]!r} here" for key in changed)
-        raise InputError(f"{workdir} holds a run with another config: {differences}; choose another --workdir")
+        raise InputError(f"{workdir} holds a run with another config: {differences}; choose another workdir")
 
 
 def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> tuple[Callable[..., Any], ...]:
@@ -257,7 +266,7 @@ def _stop_signals() -> Iterator[_Stop]:
 
     def note(signum: int, frame: Any) -> None:
         if stop.signum is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(signum)
         stop.signum = signum
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}

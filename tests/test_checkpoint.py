@@ -65,6 +65,22 @@ def test_what_is_saved_comes_back_bit_for_bit_and_each_tree_alone(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, {"params": trees(1)["params"]})
 
 
+def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path):
+    with save_all(tmp_path, [None]) as manager:
+        for wrong in (
+            {"params": {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}},  # another shape
+            {"params": {"w": jnp.zeros((2, 3))}},  # another tree
+            {"ema": {"w": jnp.zeros((2, 3))}},  # not there
+        ):
+            with pytest.raises(InputError, match=r"checkpoint \S+/1 is damaged or does not fit"):
+                checkpoint.restore(manager, 1, like(wrong))
+    for file in (tmp_path / "1" / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[::-1])
+    with checkpoint.open_checkpoints(tmp_path, create=False) as manager:
+        with pytest.raises(InputError, match="remove it"):
+            checkpoint.restore(manager, 1, like({"params": trees(1)["params"]}))
+
+
 def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path):
     """Training donates the buffers that are being saved to the next step."""
     with checkpoint.open_checkpoints(tmp_path) as manager:

@@ -167,6 +167,14 @@ def test_default_workdir_without_a_text_is_the_config(commands, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
 
 
+def test_default_workdir_of_a_glob_is_its_folder_s(commands, short, tmp_path):
+    (tmp_path / "books").mkdir()
+    shutil.copy(short[1].partition("path=")[2], tmp_path / "books" / "one.txt")
+    process = commands.start("main", *short, "--config.data.path=books/*.txt", cwd=tmp_path)
+    process.signal_when(signal.SIGKILL, lambda: any((tmp_path / "runs").glob("*/config.json")))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-books"]
+
+
 def test_changes_reach_the_run_whatever_their_type_and_place(commands, short, tmp_path):
     changes = {
         "train.num_steps=3": 3,
@@ -205,7 +213,7 @@ def test_another_config_for_the_same_run_is_refused(commands, short, short_run):
     before = (folder / "runs" / "tiny-book" / "config.json").read_text()
     result = commands.run("main", *short, "--config.optim.peak_lr=0.5", cwd=folder)
     message = mistake(result)
-    assert "optim.peak_lr 0.003 there and 0.5 here" in message and "--workdir" in message
+    assert "optim.peak_lr 0.003 there and 0.5 here" in message and "another workdir" in message
     assert (folder / "runs" / "tiny-book" / "config.json").read_text() == before
 
 

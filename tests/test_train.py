@@ -371,8 +371,9 @@ def test_a_first_signal_is_noted_and_a_second_interrupts():
     with train._stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(train.Interrupted, match="last checkpoint") as interrupted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted.value.signum == signal.SIGTERM  # the exit code's
     assert signal.getsignal(signal.SIGINT) == before
 
 

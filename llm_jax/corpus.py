@@ -1,0 +1,546 @@
+"""Text on disk -> memory-mapped token arrays.
+
+`prepare` reads a source (documents as a stream of pieces, never a whole text), tokenizes it once into
+a cache named by content and tokenizer, and opens it.
+"""
+
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import urllib.request
+import uuid
+from collections.abc import Callable, Container, Iterable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from llm_jax.config import DataConfig
+from llm_jax.errors import InputError
+from llm_jax.tokenizers import (
+    BPE_SPLIT,
+    Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+
+FORMAT = 1  # of the cache: raise it whenever the same corpus and tokenizer would give other files
+
+# A piece is what is tokenized at a time; it ends where a document does or, in longer ones, before a line
+# break: if there is one after an ASCII letter or digit, where no byte-level BPE's split pattern (GPT-2's,
+# GPT-4's, ours) has a token across, so the ids are those of the whole document; else after any mark, which
+# is as good for ours and GPT-2's. Text without line breaks is cut anywhere, at the cost of a split token;
+# a SentencePiece tokenizer adds its leading space once more per piece.
+PIECE_BYTES = 1 << 16
+BATCH_BYTES = 1 << 20  # encoded at once, over all cores; takes up to 350 bytes of memory per byte of text
+BPE_TRAINING_BYTES = 256 << 20  # more text does not change a vocabulary of this size noticeably
+
+# encodings and pydoc_data are generated: character tables and help text, a fifth of the bytes and no code.
+STDLIB_SKIPPED_FOLDERS = set(
+    "site-packages dist-packages test tests idle_test __pycache__ encodings pydoc_data".split()
+)
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+DOWNLOAD_TIMEOUT_SECONDS = 10
+
+LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
+SHARD_CHUNK = 1 << 22  # tokens hashed or copied at a time
+
+
+class Corpus(NamedTuple):
+    """A tokenized corpus. `content_hash` depends on the documents alone, not on paths or the tokenizer."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray  # 1-D memory map, uint16 or uint32
+    val: np.ndarray  # the last val_fraction of the corpus
+    content_hash: str
+
+
+def prepare(cfg: DataConfig) -> Corpus:
+    """Finds the corpus, tokenizes it unless the cache has it, and opens both splits.
+
+    Every call reads the corpus once to hash it, so a changed file is noticed. Two processes may
+    prepare the same corpus at once: each writes a folder of its own and the first rename wins.
+    """
+    cache = Path(cfg.cache_dir or os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cache folder {cache} can't be made ({error.strerror}); set data.cache_dir to a writable folder"
+        ) from None
+    return (_prepare_shards if cfg.source == "bin" else _prepare_text)(cfg, cache)
+
+
+def _prepare_text(cfg: DataConfig, cache: Path) -> Corpus:
+    tokenizer = None if cfg.tokenizer in ("char", "bpe") else _ready_tokenizer(cfg.tokenizer)
+    text = _scan(*_find_text(cfg, cache), collect_characters=cfg.tokenizer == "char")
+    _check_content(cfg, text.content_hash)
+    border = int(text.num_bytes * (1 - cfg.val_fraction))
+    trained = {"char": ["char"], "bpe": ["bpe", BPE_SPLIT, cfg.vocab_size]}
+    name = tokenizer.fingerprint() if tokenizer else trained[cfg.tokenizer]
+
+    def build(folder: Path) -> None:
+        built = tokenizer
+        if cfg.tokenizer == "char":
+            built = char_tokenizer(text.characters)
+        elif cfg.tokenizer == "bpe":
+            built = train_bpe(_bpe_texts(text, border), cfg.vocab_size)
+        built.save(folder)
+        _tokenize(text, built, border, folder)
+
+    return _open_or_build(cache, [text.content_hash, name, cfg.val_fraction], text.content_hash, build)
+
+
+def _ready_tokenizer(given: str) -> Tokenizer:
+    """One that needs no training: bytes, or an existing tokenizer.json."""
+    if given == "byte":
+        return byte_tokenizer()
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise InputError(
+            f"data.tokenizer ({given!r}) is neither char, byte nor bpe, nor a file; give one of them or the path of "
+            "a tokenizer.json"
+        )
+    return load_tokenizer(path)
+
+
+def _check_content(cfg: DataConfig, found: str) -> None:
+    if cfg.content_hash is not None and cfg.content_hash != found:
+        raise InputError(
+            f"data.content_hash is {cfg.content_hash} but the {cfg.source} corpus found here has {found}; "
+            "give the same text, or a new workdir without data.content_hash"
+        )
+
+
+def _open_or_build(cache: Path, key: list, content_hash: str, build: Callable[[Path], None]) -> Corpus:
+    """The corpus in `cache`, made by `build(folder)` in a temporary folder unless it is there and whole.
+
+    `build` writes train.bin, val.bin and the tokenizer's files.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()[:32]
+    folder = cache / digest
+    corpus = _open(folder, content_hash)
+    if corpus is None:
+        shutil.rmtree(folder, ignore_errors=True)  # cut short, by a power failure say
+        partial = cache / f".{digest}.{uuid.uuid4().hex[:8]}"
+        try:
+            partial.mkdir()
+            build(partial)
+            sizes = {name: (partial / name).stat().st_size for name in ("train.bin", "val.bin")}
+            meta = {"format": FORMAT, "content_hash": content_hash, "sizes": sizes}
+            (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster: its files are the same
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        corpus = _open(folder, content_hash)
+    return corpus
+
+
+def _open(folder: Path, content_hash: str) -> Corpus | None:
+    try:
+        sizes = json.loads((folder / "meta.json").read_bytes())["sizes"]
+    except (OSError, ValueError):
+        return None
+    if any(not (folder / n).exists() or (folder / n).stat().st_size != size for n, size in sizes.items()):
+        return None
+    tokenizer = load_tokenizer(folder)
+    dtype = _dtype(tokenizer)
+
+    def array(name: str) -> np.ndarray:  # an empty file can't be mapped
+        return np.memmap(folder / name, dtype, mode="r") if sizes[name] else np.empty(0, dtype)
+
+    return Corpus(tokenizer, array("train.bin"), array("val.bin"), content_hash)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text: files -> documents -> pieces
+
+
+class _Text(NamedTuple):
+    files: list[Path]
+    num_bytes: int
+    num_documents: int
+    content_hash: str
+    characters: set[str]
+
+
+class _NotText(Exception):
+    """A file isn't UTF-8, or was found in a folder and holds a NUL byte."""
+
+
+class _ContentHash:
+    """sha256 of documents in order; each one's length follows it, so that borders count too."""
+
+    def __init__(self, other: "_ContentHash | None" = None):
+        self._hash = other._hash.copy() if other else hashlib.sha256()
+        self.num_bytes = other.num_bytes if other else 0
+        self.num_documents = other.num_documents if other else 0
+        self._length = 0
+
+    def update(self, piece: bytes, ends_document: bool) -> None:
+        self._hash.update(piece)
+        self.num_bytes += len(piece)
+        self._length += len(piece)
+        if ends_document:
+            self._hash.update(self._length.to_bytes(8, "little"))
+            self.num_documents += 1
+            self._length = 0
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _find_text(cfg: DataConfig, cache: Path) -> tuple[list[Path], str, bool]:
+    """Candidate files in their order, how to name them in a message, and whether binaries are passed over."""
+    if cfg.source == "python_stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = _walk(root, "*.py", STDLIB_SKIPPED_FOLDERS)
+        if not files:
+            raise InputError(f"no Python source in {root}; set data.path to a file or folder of text")
+        return files, str(root), True
+    if cfg.source == "tinyshakespeare":
+        return [_download_shakespeare(cache)], "tinyshakespeare", False
+    if cfg.path is None:
+        raise InputError("data.path is not set; data.source=text needs a file, a folder or a glob")
+    is_one_file = Path(cfg.path).expanduser().is_file()
+    return _expand(cfg.path), cfg.path, not is_one_file
+
+
+def _walk(folder: Path, pattern: str = "*", skipped: Container[str] = ()) -> list[Path]:
+    """Files under `folder` that match, sorted by relative path; hidden files and folders are left out."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        found += [Path(root, name) for name in fnmatch.filter(names, pattern) if not name.startswith(".")]
+    # By parts, so that the order is one on every system; only regular files, a pipe would block.
+    return sorted((f for f in found if f.is_file()), key=lambda f: f.relative_to(folder).parts)
+
+
+def _expand(given: str, pattern: str = "*") -> list[Path]:
+    """The file, the matching files of the folder, or what the glob finds (folders with their files)."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if files := _walk(path, pattern):
+            return files
+        kind = "file" if pattern == "*" else f"{pattern} file"
+        raise InputError(f"data.path {given} is a folder without any {kind}; give one that has some")
+    matches = sorted((Path(match) for match in glob.glob(str(path), recursive=True)), key=lambda m: m.parts)
+    files = []
+    for match in matches:
+        files += _walk(match, pattern) if match.is_dir() else [match] if match.is_file() else []
+    if files:
+        return list(dict.fromkeys(files))  # "**" finds a folder and the files in it
+    if glob.has_magic(given):
+        raise InputError(f"data.path {given} matches no file; correct the pattern (and quote it in a shell)")
+    raise InputError(f"data.path {given} does not exist; give a file, a folder or a glob")
+
+
+def _scan(files: list[Path], name: str, pass_over_binary: bool, *, collect_characters: bool) -> _Text:
+    """Reads everything once: which files are text, how much there is, its hash, its characters."""
+    kept, skipped = [], 0
+    total, characters = _ContentHash(), set()
+    size = sum(file.stat().st_size for file in files if file.exists())
+    with tqdm(total=size, desc="read", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for file in files:
+            trial, seen = _ContentHash(total), set()
+            try:
+                for piece, ends_document in _pieces(file):
+                    if pass_over_binary and b"\0" in piece:
+                        raise _NotText(f"{file} holds a NUL byte")
+                    text = _decode(piece, file)
+                    if collect_characters:
+                        seen.update(text)
+                    trial.update(piece, ends_document)
+                    bar.update(len(piece))
+            except _NotText as error:
+                if not pass_over_binary:
+                    raise InputError(f"{error}; data.path takes UTF-8 text, so convert it first") from None
+                skipped += 1
+                continue
+            kept.append(file)
+            total = trial
+            characters |= seen
+    if skipped:
+        print(f"{skipped} of {len(files)} files in {name} are not UTF-8 text: skipped", file=sys.stderr)
+    if not total.num_bytes:
+        what = "holds no text" if len(files) > 1 or skipped else "is empty"
+        raise InputError(f"corpus {name} {what}; set data.path to a file, folder or glob with UTF-8 text")
+    return _Text(kept, total.num_bytes, total.num_documents, total.hexdigest(), characters)
+
+
+def _decode(piece: bytes, file: Path) -> str:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError as error:
+        raise _NotText(f"{file} is not UTF-8 (byte 0x{piece[error.start]:02x})") from None
+
+
+def _pieces(file: Path) -> Iterator[tuple[bytes, bool]]:
+    """(piece, ends_document) of all documents in a file; whole characters, never empty."""
+    try:
+        if file.suffix in DOCUMENTS:
+            for text in DOCUMENTS[file.suffix](file):
+                blocks = (text[i : i + PIECE_BYTES] for i in range(0, len(text), PIECE_BYTES))
+                yield from _cut_document(blocks)
+        else:
+            with open(file, "rb") as stream:
+                yield from _cut_document(iter(lambda: stream.read(PIECE_BYTES), b""))
+    except OSError as error:
+        raise InputError(f"{file} can't be read ({error.strerror}); check the file or data.path") from None
+
+
+_EXACT_CUT = re.compile(rb"(?<=[A-Za-z0-9])(?=\r?\n)")
+_LINE_CUT = re.compile(rb"(?<=\S)(?=\r?\n)")
+_CUT_SEARCH_BYTES = 1 << 14  # from the end of a block
+
+
+def _cut_document(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    held = b""
+    for block in blocks:
+        held += block
+        if len(held) > PIECE_BYTES:
+            cut = _cut_position(held)
+            yield held[:cut], False
+            held = held[cut:]
+    if held:
+        yield held, True
+
+
+def _cut_position(text: bytes) -> int:
+    """Where to cut, leaving something on both sides."""
+    for pattern in (_EXACT_CUT, _LINE_CUT):
+        for match in reversed(list(pattern.finditer(text, max(1, len(text) - _CUT_SEARCH_BYTES)))):
+            return match.start()
+    cut = len(text) - 1
+    while cut > len(text) - 4 and text[cut] & 0xC0 == 0x80:  # inside a character
+        cut -= 1
+    return cut
+
+
+def _jsonl_documents(file: Path) -> Iterator[bytes]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                text = row["text"] if isinstance(row, dict) and "text" in row else None
+                document = text.encode() if isinstance(text, str) else None
+            except UnicodeError as error:
+                raise InputError(
+                    f"{file} line {number} is not Unicode text ({error.reason}); repair the line"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{file} line {number} is not JSON ({error}); repair the line") from None
+            if document is None:
+                raise InputError(
+                    f'{file} line {number} has no "text" string; each line must be an object with one, as '
+                    '{"text": "..."}'
+                )
+            yield document
+
+
+def _parquet_documents(file: Path) -> Iterator[bytes]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{file} needs pyarrow to be read; install it with pip install 'llm_jax[parquet]'") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if "text" not in table.schema_arrow.names:
+                raise InputError(f"{file} has no column text, only {', '.join(table.schema_arrow.names)}; rename one")
+            for rows in table.iter_batches(batch_size=256, columns=["text"]):
+                for text in rows.column(0).to_pylist():
+                    if text is not None and not isinstance(text, str):
+                        raise InputError(f"{file} column text holds {type(text).__name__}, not strings; convert it")
+                    yield (text or "").encode()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file} is no parquet file ({str(error).splitlines()[0]}); check the file") from None
+
+
+# Files that hold many documents: suffix -> generator of their UTF-8 texts. Any other file is one document.
+DOCUMENTS = {".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
+
+
+def _download_shakespeare(cache: Path) -> Path:
+    file = cache / "tinyshakespeare.txt"
+    if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
+        return file
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
+            content = response.read()
+    except (OSError, HTTPException) as error:
+        raise InputError(
+            f"tinyshakespeare can't be downloaded from {SHAKESPEARE_URL} ({' '.join(str(error).split())}); "
+            "set data.path to a copy of it or to any other text"
+        ) from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHAKESPEARE_SHA256:
+        raise InputError(
+            f"{SHAKESPEARE_URL} has sha256 {found}, not {SHAKESPEARE_SHA256}: not the text that scores refer "
+            "to; set data.path to a copy of it or to any other text"
+        )
+    partial = cache / f".tinyshakespeare.{uuid.uuid4().hex[:8]}"
+    partial.write_bytes(content)
+    partial.replace(file)
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pieces -> tokens
+
+
+def _split_pieces(files: list[Path], border: int) -> Iterator[tuple[str, bytes, bool]]:
+    """("train" or "val", piece, ends_document), split at byte `border` or the next character's start."""
+    position = 0
+    for file in files:
+        for piece, ends_document in _pieces(file):
+            cut = min(max(border - position, 0), len(piece))
+            while 0 < cut < len(piece) and piece[cut] & 0xC0 == 0x80:
+                cut += 1
+            position += len(piece)
+            if 0 < cut < len(piece):
+                yield "train", piece[:cut], False
+                yield "val", piece[cut:], ends_document
+            else:
+                yield "train" if cut else "val", piece, ends_document
+
+
+def _bpe_texts(text: _Text, border: int) -> Iterator[str]:
+    size = min(border, BPE_TRAINING_BYTES)
+    done = 0
+    with tqdm(total=size, desc="train bpe", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for split, piece, _ in _split_pieces(text.files, border):
+            if split == "val" or done >= size:
+                return
+            done += len(piece)
+            bar.update(len(piece))
+            yield piece.decode()
+
+
+def _groups(pieces: Iterable[tuple[str, bytes, bool]]) -> Iterator[list[tuple[str, bytes, bool]]]:
+    group, num_bytes = [], 0
+    for item in pieces:
+        group.append(item)
+        num_bytes += len(item[1])
+        if num_bytes >= BATCH_BYTES:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> None:
+    """Writes train.bin and val.bin; eos follows each document where there are several."""
+    end = [tokenizer.eos_id] if text.num_documents > 1 and tokenizer.eos_id is not None else []
+    dtype = _dtype(tokenizer)
+    seen = _ContentHash()  # of what is tokenized now, not of what was there when the key was made
+    with (
+        open(folder / "train.bin", "wb") as train,
+        open(folder / "val.bin", "wb") as val,
+        tqdm(total=text.num_bytes, desc="tokenize", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        outputs = {"train": train, "val": val}
+        for group in _groups(_split_pieces(text.files, border)):
+            rows = tokenizer.encode_batch([piece.decode() for _, piece, _ in group])
+            for ids, (split, piece, ends_document) in zip(rows, group, strict=True):
+                outputs[split].write(np.asarray(ids + end * ends_document, dtype).tobytes())
+                seen.update(piece, ends_document)
+                bar.update(len(piece))
+    if seen.hexdigest() != text.content_hash:
+        raise InputError("the corpus changed while it was being read; start again when it is at rest")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Shards of tokens, as nanoGPT and llm.c write them
+
+
+def _prepare_shards(cfg: DataConfig, cache: Path) -> Corpus:
+    if cfg.path is None:
+        raise InputError("data.path is not set; data.source=bin needs a .bin file, a folder or a glob of them")
+    if cfg.tokenizer in ("char", "bpe"):
+        raise InputError(
+            f"data.tokenizer={cfg.tokenizer} can't be used with data.source=bin, which has no text; set it "
+            "to byte or to the tokenizer.json that the shards were written with"
+        )
+    tokenizer = _ready_tokenizer(cfg.tokenizer)
+    files = _expand(cfg.path, "*.bin")
+    train = [(file, _open_shard(file)) for file in files if "val" not in file.name]
+    val = [(file, _open_shard(file)) for file in files if "val" in file.name]
+    if not sum(len(tokens) for _, tokens in train):
+        raise InputError(
+            f"data.path {cfg.path} has no training tokens, only {len(val)} shards named val; add a train.bin"
+        )
+    digest = hashlib.sha256()
+    for _, tokens in train + val:
+        for start in range(0, len(tokens), SHARD_CHUNK):
+            digest.update(tokens[start : start + SHARD_CHUNK].tobytes())
+        digest.update(len(tokens).to_bytes(8, "little"))
+    digest.update(len(val).to_bytes(8, "little"))  # a shard moved to the other split is another corpus
+    content_hash = digest.hexdigest()
+    _check_content(cfg, content_hash)
+
+    def build(folder: Path) -> None:
+        total = sum(len(tokens) for _, tokens in train)
+        border = total if val else int(total * (1 - cfg.val_fraction))
+        tokenizer.save(folder)
+        position = 0
+        with open(folder / "train.bin", "wb") as train_file, open(folder / "val.bin", "wb") as val_file:
+            for file, tokens in train + val:
+                for start in range(0, len(tokens), SHARD_CHUNK):
+                    chunk = tokens[start : start + SHARD_CHUNK]
+                    if chunk.max() >= tokenizer.vocab_size:
+                        raise InputError(
+                            f"{file} has token {chunk.max()}, but {cfg.tokenizer} has {tokenizer.vocab_size} "
+                            "ids; set data.tokenizer to the tokenizer.json that the shards were written with"
+                        )
+                    cut = min(max(border - position, 0), len(chunk))
+                    train_file.write(chunk[:cut].astype(_dtype(tokenizer)).tobytes())
+                    val_file.write(chunk[cut:].astype(_dtype(tokenizer)).tobytes())
+                    position += len(chunk)
+
+    key = ["bin", content_hash, tokenizer.fingerprint(), None if val else cfg.val_fraction]
+    return _open_or_build(cache, key, content_hash, build)
+
+
+def _open_shard(file: Path) -> np.ndarray:
+    """The tokens of one shard: llm.c's, which begins with a header, or nanoGPT's, which has none."""
+    size = file.stat().st_size
+    if size == 0:
+        return np.empty(0, "<u2")
+    header = np.fromfile(file, "<i4", count=3)
+    if size < LLMC_HEADER_BYTES or header[0] != LLMC_MAGIC:
+        if size % 2:
+            raise InputError(f"{file} has {size} bytes, but uint16 tokens take an even number; write it again")
+        return np.memmap(file, "<u2", mode="r")
+    version, count = int(header[1]), int(header[2])
+    if version != LLMC_VERSION:
+        raise InputError(f"{file} is an llm.c shard of version {version}; only version {LLMC_VERSION} is uint16")
+    if size != LLMC_HEADER_BYTES + 2 * count:
+        raise InputError(
+            f"{file} has {size} bytes, but its header promises {count} tokens, which make "
+            f"{LLMC_HEADER_BYTES + 2 * count}; copy it again"
+        )
+    return np.memmap(file, "<u2", mode="r", offset=LLMC_HEADER_BYTES)
