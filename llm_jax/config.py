@@ -29,6 +29,7 @@ REMATS = ("none", "block", "dots")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
 OPTIMIZERS = ("adamw",)
 SCHEDULES = ("cosine", "constant")
+MAX_NEW_TOKENS = 2**24  # float32, in which rope computes angles, counts no further
 MAX_SEED = 2**32 - 1  # jax and grain take no more bits: a larger one would be another's equal
 
 
@@ -106,7 +107,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences of one optimizer step, over all devices and micro-batches
     accumulation_steps: int = 1  # micro-batches one step is split into
     num_steps: int = 1000
-    eval_every: int = 250
+    eval_every: int = 250  # checkpoints are evaluated besides
     eval_batches: int = 16  # batches of the fixed part of the validation split
     save_every: int = 250
     keep_checkpoints: int = 2  # newest ones; the best by val_loss is kept besides
@@ -176,12 +177,16 @@ def load_file(path: str) -> ConfigDict:
         raise InputError(f"config file {path!r} has no get_config(); see configs/small.py")
     try:
         config = namespace["get_config"]()
-    except (AttributeError, TypeError) as error:  # ml_collections' answers to an unknown key and a wrong type
-        message = str(error)
-        key = re.search(r'Key "(\w+)" does not exist|Did you mean "\w+" instead of "(\w+)"', message)
+    except (AttributeError, TypeError, KeyError, ValueError) as error:  # ml_collections': unknown key, wrong type
+        message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+        key = re.search(r'Key "([\w.]+)" does not exist|Did you mean "[\w.]+" instead of "([\w.]+)"', message)
         if key:
             known = [*_all_keys(), *(group.name for group in dataclasses.fields(Config))]
             raise InputError(f"config file {path!r}: {_unknown(key[1] or key[2], known)}") from None
+        if dotted := re.search(r"the key ([\w.]+) contains one", message):
+            raise InputError(
+                f"config file {path!r}: keys are attributes, so write config.{dotted[1]}, not config[{dotted[1]!r}]"
+            ) from None
         if message.startswith("Could not override field"):
             raise InputError(f"config file {path!r}: {message}") from None
         raise
@@ -269,8 +274,8 @@ def check_sampling(
     *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, prefix: str = ""
 ) -> None:
     """The rules of one sampling request, for config and call alike."""
-    if max_new_tokens < 0:
-        raise InputError(f"{prefix}max_new_tokens ({max_new_tokens}) must be 0 or more")
+    if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise InputError(f"{prefix}max_new_tokens ({max_new_tokens}) must be at least 0 and at most {MAX_NEW_TOKENS}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"{prefix}temperature ({temperature}) must be a finite number, 0 (greedy) or more")
     if top_k is not None and top_k < 1:
@@ -322,6 +327,13 @@ def _model(m: ModelConfig) -> ModelConfig:
         raise InputError(f"model.rope_scaling ({m.rope_scaling!r}) needs model.use_rope=True")
     if not m.rope_factor >= 1:
         raise InputError(f"model.rope_factor ({m.rope_factor}) must be 1 or more")
+    if m.use_rope and not m.rope_theta > 1:
+        raise InputError(f"model.rope_theta ({m.rope_theta}) must be above 1: the channels' wavelengths grow with it")
+    for fast, slow in (("rope_beta_fast", "rope_beta_slow"), ("rope_high_freq_factor", "rope_low_freq_factor")):
+        if not getattr(m, fast) > getattr(m, slow) > 0:
+            raise InputError(
+                f"model.{fast} ({getattr(m, fast)}) must be above model.{slow} ({getattr(m, slow)}), and that above 0"
+            )
     if m.rope_scaling is None and m.rope_factor != 1:
         raise InputError(
             f"model.rope_factor ({m.rope_factor}) needs a model.rope_scaling, one of {', '.join(ROPE_SCALINGS)}"

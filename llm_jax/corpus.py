@@ -34,7 +34,7 @@ from llm_jax.tokenizers import (
     train_bpe,
 )
 
-FORMAT = 1  # of the cache: raise it whenever the same corpus and tokenizer would give other files
+FORMAT = 2  # of the cache: raise it whenever the same corpus and tokenizer would give other files
 
 # A piece is what is tokenized at a time; it ends where a document does or, in longer ones, before a line
 # break: if there is one after an ASCII letter or digit, where no byte-level BPE's split pattern (GPT-2's,
@@ -72,14 +72,16 @@ def prepare(cfg: DataConfig) -> Corpus:
     Every call reads the corpus once to hash it, so a changed file is noticed. Two processes may
     prepare the same corpus at once: each writes a folder of its own and the first rename wins.
     """
-    cache = Path(cfg.cache_dir or os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax").expanduser()
+    cache = Path(os.path.expanduser(cfg.cache_dir or os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax"))
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cache folder {cache} can't be made ({error.strerror}); set data.cache_dir to a writable folder"
-        ) from None
+        raise _unwritable(cache, error) from None
     return (_prepare_shards if cfg.source == "bin" else _prepare_text)(cfg, cache)
+
+
+def _unwritable(cache: Path, error: OSError) -> InputError:
+    return InputError(f"cache folder {cache} can't be written ({error.strerror}); set data.cache_dir to another")
 
 
 def _prepare_text(cfg: DataConfig, cache: Path) -> Corpus:
@@ -106,7 +108,7 @@ def _ready_tokenizer(given: str) -> Tokenizer:
     """One that needs no training: bytes, or an existing tokenizer.json."""
     if given == "byte":
         return byte_tokenizer()
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if not path.exists():
         raise InputError(
             f"data.tokenizer ({given!r}) is neither char, byte nor bpe, nor a file; give one of them or the path of "
@@ -136,6 +138,9 @@ def _open_or_build(cache: Path, key: list, content_hash: str, build: Callable[[P
         partial = cache / f".{digest}.{uuid.uuid4().hex[:8]}"
         try:
             partial.mkdir()
+        except OSError as error:
+            raise _unwritable(cache, error) from None
+        try:
             build(partial)
             sizes = {name: (partial / name).stat().st_size for name in ("train.bin", "val.bin")}
             meta = {"format": FORMAT, "content_hash": content_hash, "sizes": sizes}
@@ -221,7 +226,7 @@ def _find_text(cfg: DataConfig, cache: Path) -> tuple[list[Path], str, bool]:
         return [_download_shakespeare(cache)], "tinyshakespeare", False
     if cfg.path is None:
         raise InputError("data.path is not set; data.source=text needs a file, a folder or a glob")
-    is_one_file = Path(cfg.path).expanduser().is_file()
+    is_one_file = Path(os.path.expanduser(cfg.path)).is_file()
     return _expand(cfg.path), cfg.path, not is_one_file
 
 
@@ -237,7 +242,7 @@ def _walk(folder: Path, pattern: str = "*", skipped: Container[str] = ()) -> lis
 
 def _expand(given: str, pattern: str = "*") -> list[Path]:
     """The file, the matching files of the folder, or what the glob finds (folders with their files)."""
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -453,7 +458,9 @@ def _groups(pieces: Iterable[tuple[str, bytes, bool]]) -> Iterator[list[tuple[st
 
 
 def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> None:
-    """Writes train.bin and val.bin; eos follows each document where there are several."""
+    """Writes train.bin and val.bin. BOS begins each document where the tokenizer puts it before a prompt too;
+    eos follows each one where there are several."""
+    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
     end = [tokenizer.eos_id] if text.num_documents > 1 and tokenizer.eos_id is not None else []
     dtype = _dtype(tokenizer)
     seen = _ContentHash()  # of what is tokenized now, not of what was there when the key was made
@@ -463,10 +470,13 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> N
         tqdm(total=text.num_bytes, desc="tokenize", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         outputs = {"train": train, "val": val}
+        begins_document = True
         for group in _groups(_split_pieces(text.files, border)):
             rows = tokenizer.encode_batch([piece.decode() for _, piece, _ in group])
             for ids, (split, piece, ends_document) in zip(rows, group, strict=True):
-                outputs[split].write(np.asarray(ids + end * ends_document, dtype).tobytes())
+                ids = begin * begins_document + ids + end * ends_document
+                outputs[split].write(np.asarray(ids, dtype).tobytes())
+                begins_document = ends_document
                 seen.update(piece, ends_document)
                 bar.update(len(piece))
     if seen.hexdigest() != text.content_hash:
@@ -475,6 +485,9 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> N
 
 # ---------------------------------------------------------------------------------------------------
 # Shards of tokens, as nanoGPT and llm.c write them
+
+
+_VAL_SHARD = re.compile(r"(?<![A-Za-z])val(?![A-Za-z])")  # val.bin, fineweb_val_000001.bin; not medieval.bin
 
 
 def _prepare_shards(cfg: DataConfig, cache: Path) -> Corpus:
@@ -487,8 +500,8 @@ def _prepare_shards(cfg: DataConfig, cache: Path) -> Corpus:
         )
     tokenizer = _ready_tokenizer(cfg.tokenizer)
     files = _expand(cfg.path, "*.bin")
-    train = [(file, _open_shard(file)) for file in files if "val" not in file.name]
-    val = [(file, _open_shard(file)) for file in files if "val" in file.name]
+    train = [(file, _open_shard(file)) for file in files if not _VAL_SHARD.search(file.name)]
+    val = [(file, _open_shard(file)) for file in files if _VAL_SHARD.search(file.name)]
     if not sum(len(tokens) for _, tokens in train):
         raise InputError(
             f"data.path {cfg.path} has no training tokens, only {len(val)} shards named val; add a train.bin"

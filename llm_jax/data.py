@@ -35,7 +35,8 @@ def train_batches(tokens: np.ndarray, *, block_size: int, batch_size: int, seed:
             f"the training split has {length} tokens, but one context takes model.block_size + 1 = "
             f"{block_size + 1}; use a smaller model.block_size or more text"
         )
-    seed %= 2**32  # grain's range
+    # grain's epochs are seed, seed + 1, ...: mixed, since else the epochs of neighbouring seeds would be the same.
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     # As many in each epoch, so that the epoch follows from the index: the largest offset must leave room.
     num_windows = max(1, (length - block_size) // block_size)
     offsets = min(block_size, length - num_windows * block_size)

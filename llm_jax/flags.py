@@ -20,7 +20,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     """Parses the flags, runs a command and exits.
 
     0: done. 2: a person's mistake, told in one line on standard error. 130 or 143: ended by SIGINT or
-    SIGTERM. Anything else that goes wrong is our bug, and keeps its traceback.
+    SIGTERM, 141: by a closed pipe. Anything else that goes wrong is our bug, and keeps its traceback.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -32,6 +32,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
             main()
         except InputError as error:
             _mistake(error)
+        except BrokenPipeError:  # who read our output has had enough: `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its own exit
+            sys.exit(128 + signal.SIGPIPE)
         except KeyboardInterrupt as stop:
             print(f"\n{stop or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "signum", signal.SIGINT))

@@ -170,6 +170,7 @@ class LanguageModel:
             ),
             max_new_tokens=max_new_tokens,
             slide=not cfg.use_rope and longest + max_new_tokens > cfg.block_size,
+            num_ids=min(self.tokenizer.vocab_size, cfg.vocab_size),
             stop_tokens=tuple(int(token) for token in stop_tokens),
         )
         rows, ends = np.asarray(out.tokens), np.asarray(out.lengths)
@@ -216,7 +217,7 @@ def _logits(cfg: ModelConfig, params: model.Params, tokens: Array) -> Array:
     return model.Transformer(cfg).apply({"params": params}, tokens)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "slide", "stop_tokens"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "slide", "num_ids", "stop_tokens"))
 def _generate(
     cfg: ModelConfig,
     params: model.Params,
@@ -227,10 +228,13 @@ def _generate(
     *,
     max_new_tokens: int,
     slide: bool,
+    num_ids: int,
     stop_tokens: tuple[int, ...],
 ) -> generate.Generation:
     def apply_fn(params: model.Params, tokens: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
-        return model.Transformer(cfg).apply({"params": params}, tokens, positions, cache)
+        logits, cache = model.Transformer(cfg).apply({"params": params}, tokens, positions, cache)
+        # Ids that only pad the vocabulary stand for no text.
+        return jnp.where(jnp.arange(cfg.vocab_size) < num_ids, logits, -jnp.inf), cache
 
     # Once, before the loop: inside it each token would slice every layer out of the stack again.
     params = {**params, "blocks": model.split_layers(params["blocks"], cfg.n_layer)}

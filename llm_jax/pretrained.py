@@ -31,14 +31,18 @@ def read_config(workdir: str | Path) -> Config:
         raise InputError(f"{path} is not a run's config: {error}") from None
 
 
+def read_run(workdir: str | Path) -> tuple[Config, Tokenizer]:
+    """The resolved config and the tokenizer of a run."""
+    return read_config(workdir), load_tokenizer(Path(workdir) / "tokenizer.json")
+
+
 def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, model.Params, Tokenizer]:
     """Config, parameters on the first device, and tokenizer of a run.
 
     Args:
         step: "best" (by val_loss) | "last" | a number.
     """
-    cfg = read_config(workdir)
-    tokenizer = load_tokenizer(Path(workdir) / "tokenizer.json")
+    cfg, tokenizer = read_run(workdir)
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"run {str(workdir)!r} has no checkpoint yet; let it reach its first one (train.save_every)")

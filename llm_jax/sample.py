@@ -50,7 +50,7 @@ def main() -> None:
         **request,
     )
     for text in texts:
-        print(json.dumps(text) if _JSON.value else text)
+        print(json.dumps(text) if _JSON.value else text, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.report import Report, plot_losses, read_metrics, say
+from llm_jax.tokenizers import Tokenizer
 
 # A continued run may change how far it goes, when it looks, and how the same numbers are computed: nothing else.
 MAY_DIFFER = frozenset(
     "train.num_steps train.eval_every train.save_every train.log_every train.sample_every train.keep_checkpoints "
     "train.profile_steps train.accumulation_steps model.attention model.layer_execution model.remat "
-    "data.path data.cache_dir mesh.data".split()  # data is the same by data.content_hash
+    # Data is the same by data.content_hash, and the tokenizer by its own.
+    "data.path data.tokenizer data.cache_dir mesh.data".split()
 )
 
 
@@ -51,13 +53,15 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     """Trains, or continues, the run in `workdir`, and returns the model with its last parameters.
 
     Writes config.json, tokenizer.json, metrics.jsonl, loss.png and checkpoints/ there. The device memory of
-    the model that an earlier call returned is freed: that model moves to the host's, and goes on working.
+    the model that an earlier call returned is freed: that model moves to the host's, and goes on working, but
+    arrays that were taken from its `params` before are deleted.
 
     Args:
         config: a ConfigDict from `llm_jax.config.default()`, or the path of a config file.
 
     Raises:
-        InputError: an impossible config or corpus, or a workdir whose run was made with another config.
+        InputError: an impossible config or corpus, a workdir whose run was made with another config, or a loss
+            that is no number any more (what was saved before stays).
         Stopped: by SIGINT or SIGTERM, after saving.
     """
     _free_last_model()
@@ -67,17 +71,20 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
     corpus = prepare(cfg.data)
     cfg = _resolve(cfg, corpus)
-    if (workdir / "config.json").exists():
-        _check_same_run(pretrained.read_config(workdir), cfg, workdir)
     tokenizer, token_bytes = corpus.tokenizer, corpus.tokenizer.token_bytes()
+    if (workdir / "config.json").exists():
+        _check_same_run(*pretrained.read_run(workdir), cfg, tokenizer, workdir)
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
     except InputError as error:  # now, and not when the training is done
         raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}; or set another sample.prompt") from None
-    shape = dict(block_size=cfg.model.block_size, batch_size=cfg.train.batch_size)
-    batches = data.train_batches(corpus.train, **shape, seed=cfg.train.seed)
-    val_part = data.eval_batches(corpus.val, **shape, max_batches=cfg.train.eval_batches)
-    val_whole = data.eval_batches(corpus.val, **shape)
+    block_size, batch_size = cfg.model.block_size, cfg.train.batch_size
+    accumulation_steps = cfg.train.accumulation_steps
+    batches = data.train_batches(corpus.train, block_size=block_size, batch_size=batch_size, seed=cfg.train.seed)
+    # In micro-batches, as training is: what fits there fits here.
+    eval_shape = dict(block_size=block_size, batch_size=batch_size // accumulation_steps)
+    val_part = data.eval_batches(corpus.val, **eval_shape, max_batches=cfg.train.eval_batches * accumulation_steps)
+    val_whole = data.eval_batches(corpus.val, **eval_shape)
     pretrained.write_run(workdir, cfg, tokenizer)
 
     total, without_embeddings = model.count_params(cfg.model)
@@ -87,7 +94,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
 
     num_steps = cfg.train.num_steps
     init, train_fn, eval_fn = _programs(cfg, mesh, token_bytes)
-    tokens_per_step = cfg.train.batch_size * cfg.model.block_size
+    tokens_per_step = batch_size * block_size
     put = functools.partial(jax.device_put, device=sharding.split_batch(mesh))
     language_model = None
     with checkpoint.open_checkpoints(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints:
@@ -117,11 +124,13 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
                         if due(cfg.train.log_every):
                             line = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
                             line |= clock.read(step, tokens_per_step)
+                            _check_finite(line, step)
                             report.log(step, line)
                             report.progress(step, line)
                         val_loss = None
                         if due(cfg.train.eval_every) or due(cfg.train.save_every):
                             val_loss, bits_per_byte = _evaluate(eval_fn, state.params, map(put, val_part))
+                            _check_finite({"val_loss": val_loss}, step)
                             report.log(step, {"val_loss": val_loss, "bits_per_byte": bits_per_byte})
                             say(f"step {step}: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
                             plot_losses(workdir)
@@ -163,12 +172,21 @@ def _resolve(cfg: Config, corpus: Corpus) -> Config:
     )
 
 
-def _check_same_run(recorded: Config, cfg: Config, workdir: Path) -> None:
+def _check_same_run(
+    recorded: Config, recorded_tokenizer: Tokenizer, cfg: Config, tokenizer: Tokenizer, workdir: Path
+) -> None:
     old, new = (
         {f"{group}.{name}": value for group, values in as_dict(c).items() for name, value in values.items()}
         for c in (recorded, cfg)
     )
     changed = [key for key in new if old[key] != new[key] and key not in MAY_DIFFER]
+    if tokenizer.fingerprint() != recorded_tokenizer.fingerprint():
+        if cfg.data.tokenizer == recorded.data.tokenizer:
+            raise InputError(
+                f"{workdir} holds a run with another tokenizer than data.tokenizer ({cfg.data.tokenizer!r}) gives "
+                "now; give the same one, such as the run's own tokenizer.json, or choose another workdir"
+            )
+        changed.append("data.tokenizer")
     if changed:
         differences = ", ".join(f"{key} {old[key]!r} there and {new[key]!r} here" for key in changed)
         raise InputError(f"{workdir} holds a run with another config: {differences}; choose another workdir")
@@ -225,6 +243,15 @@ def _evaluate(
     sums = jax.device_get([eval_fn(params, batch) for batch in batches])
     nats, tokens, num_bytes = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
     return nats / tokens, nats / math.log(2) / max(num_bytes, 1)
+
+
+def _check_finite(values: Mapping[str, float], step: int) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} is {value} at step {step}: training has diverged, and only what was saved before is kept; "
+                "lower optim.peak_lr, raise optim.warmup_steps or set optim.grad_clip, in another workdir"
+            )
 
 
 def _is_due(step: int, num_steps: int, every: int) -> bool:

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,15 @@ def test_among_equal_losses_the_newest_is_best_and_without_losses_the_last(tmp_p
         assert checkpoint.pick_step(manager, "best") == 2
 
 
+@pytest.mark.parametrize(
+    "losses, kept, best", [([3.0, 1.0, 2.0, math.nan, math.nan], [2, 4, 5], 2), ([math.nan, math.nan], [1, 2], 2)]
+)
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, losses, kept, best):
+    with save_all(tmp_path, losses) as manager:
+        assert sorted(manager.all_steps()) == kept
+        assert checkpoint.pick_step(manager, "best") == best
+
+
 def test_an_empty_folder_is_an_error(tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as manager, pytest.raises(InputError, match="no checkpoint"):
         checkpoint.pick_step(manager, "last")
@@ -65,15 +76,17 @@ def test_what_is_saved_comes_back_bit_for_bit_and_each_tree_alone(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, {"params": trees(1)["params"]})
 
 
-def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path):
+def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path, caplog, capsys):
     with save_all(tmp_path, [None]) as manager:
-        for wrong in (
-            {"params": {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}},  # another shape
-            {"params": {"w": jnp.zeros((2, 3))}},  # another tree
-            {"ema": {"w": jnp.zeros((2, 3))}},  # not there
+        caplog.clear()
+        for wrong, told in (
+            ({"params": {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}}, r"shapes \[2, 3\], .* makes \[2, 4\]"),
+            ({"params": {"w": jnp.zeros((2, 3))}}, r"shapes \[2\], .* makes no more"),  # another tree
+            ({"ema": {"w": jnp.zeros((2, 3))}}, "holds no ema, only opt_state, params"),
         ):
-            with pytest.raises(InputError, match=r"checkpoint \S+/1 is damaged or does not fit"):
+            with pytest.raises(InputError, match=told):
                 checkpoint.restore(manager, 1, like(wrong))
+        assert not caplog.records and capsys.readouterr().err == ""  # as orbax's threads would leave
     for file in (tmp_path / "1" / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[::-1])
     with checkpoint.open_checkpoints(tmp_path, create=False) as manager:

@@ -191,7 +191,7 @@ RULES = [
     ({"sample.top_k": 0}, ["sample.top_k (0)", "1 or more"]),
     ({"sample.top_p": 0.0}, ["sample.top_p (0.0)", "at most 1"]),
     ({"sample.top_p": 1.5}, ["sample.top_p (1.5)", "at most 1"]),
-    ({"sample.max_new_tokens": -1}, ["sample.max_new_tokens (-1)", "0 or more"]),
+    ({"sample.max_new_tokens": -1}, ["sample.max_new_tokens (-1)", "at least 0"]),
     ({"mesh.data": 0}, ["mesh.data (0)", "1 or more"]),
 ]
 

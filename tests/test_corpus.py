@@ -15,7 +15,7 @@ from llm_jax import corpus as corpus_module
 from llm_jax.config import DataConfig
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
-from llm_jax.tokenizers import byte_tokenizer, train_bpe
+from llm_jax.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 
 LINES = "".join(f"line {i} of naïve text 🙂\n" for i in range(2000))
 
@@ -130,6 +130,17 @@ def test_end_of_text_follows_each_document_where_there_are_several(folder, text)
     assert list(corpus.train) == [*encode("one"), end, *encode("two"), end]
     alone = text("one", vocab_size=257, val_fraction=0.0)
     assert list(alone.train) == encode("one")
+
+
+def test_bos_begins_each_document_where_a_prompt_begins_with_it(folder, text, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend.add_special_tokens(["<s>", "</s>"])
+    Tokenizer(tokenizer.backend, bos_token="<s>", eos_token="</s>", add_bos=True).save(tmp_path / "t")
+    settings = dict(tokenizer=str(tmp_path / "t"), val_fraction=0.0)
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 2)  # a document in many pieces begins once
+    assert list(text("one", **settings).train) == [256, *b"one"]
+    corpus = folder({"a.txt": b"one", "b.txt": b"two"}, **settings)
+    assert list(corpus.train) == [256, *b"one", 257, 256, *b"two", 257]
 
 
 def test_a_document_across_the_border_is_cut_in_two(folder):
@@ -338,6 +349,7 @@ def test_shards(folder, write):
     corpus = folder({}, "x_train_*.bin", source="bin", val_fraction=0.4)
     assert (list(corpus.train), list(corpus.val)) == ([1], [2, 3])
     assert list(folder({}, "x_train_000.bin", source="bin").train) == [1, 2]
+    assert list(folder({"medieval.bin": write([5])}, "medieval.bin", source="bin", val_fraction=0.0).train) == [5]
 
 
 def test_shards_of_both_kinds_are_one_corpus_by_content(folder, tmp_path):

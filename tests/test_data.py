@@ -44,7 +44,19 @@ def test_batch_depends_on_seed_and_step_alone(monkeypatch, few_windows):
         np.testing.assert_array_equal(out_of_order[step].tokens, expected[step].tokens)
     np.testing.assert_array_equal(make(5)[77].tokens, expected[77].tokens)
     assert any((make(6)[step].tokens != expected[step].tokens).any() for step in range(3))
-    make(-1)[10**9], make(2**40)[0]  # any seed, any step
+    make(0)[10**9], make(2**40)[0]  # any seed, any step
+
+
+def test_neighbouring_seeds_share_no_epoch(monkeypatch):
+    """grain's own epochs are seed, seed + 1, ..."""
+    monkeypatch.setattr(data, "FEW_WINDOWS", 0)
+    num_windows, orders = (len(TOKENS) - 10) // 10, set()
+    for seed in range(5):
+        batches = train_batches(TOKENS, block_size=10, batch_size=1, seed=seed)
+        for epoch in range(5):
+            found = np.array(starts(batches, epoch * num_windows, num_windows, 1))
+            orders.add(tuple(found // 10))
+    assert len(orders) == 25
 
 
 def test_batch_does_not_depend_on_the_process():

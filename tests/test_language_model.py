@@ -74,6 +74,13 @@ def test_tokens_give_tokens(lm):
     assert lm.tokenizer.decode(out[0]) == text  # the same draw for the same prompt, in tokens and in text
 
 
+def test_ids_that_only_pad_the_vocabulary_are_never_drawn():
+    padded = build(byte_tokenizer(), vocab_size=300)
+    out = padded.generate(np.array([[65, 66]] * 4), max_new_tokens=50)
+    assert out.max() < 256
+    assert padded.logits(out).shape[-1] == 300
+
+
 def test_logits(lm):
     tokens = np.array([[116, 104, 101]])
     logits = lm.logits(tokens)

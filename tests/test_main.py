@@ -361,6 +361,8 @@ def files(tmp_path, text):
     body = "from llm_jax.config import default\ndef get_config():\n    c = default()\n    {}\n    return c\n"
     (tmp_path / "misspelt.py").write_text(body.format("c.model.n_embed = 64"))
     (tmp_path / "mistyped.py").write_text(body.format("c.model.n_embd = 'wide'"))
+    (tmp_path / "updated.py").write_text(body.format("c.update({'model': {'n_embed': 64}})"))
+    (tmp_path / "dotted.py").write_text(body.format("c['model.n_embd'] = 64"))
     return tmp_path
 
 
@@ -375,6 +377,8 @@ BAD_CONFIGS = [
     (["--config=dict.py"], ["dict.py", "get_config", "dict"]),
     (["--config=misspelt.py"], ["misspelt.py", "'n_embed'", "'model.n_embd'"]),
     (["--config=mistyped.py"], ["mistyped.py", "n_embd", "wide", "int"]),
+    (["--config=updated.py"], ["updated.py", "'n_embed'", "'model.n_embd'"]),
+    (["--config=dotted.py"], ["dotted.py", "config.model.n_embd"]),
     (["--config.train.num_steps=3"], ["--config="]),
     (["--config"], ["--config"]),
     (["--flagfile=missing"], ["missing"]),
@@ -418,11 +422,14 @@ BAD_ARGUMENTS = [
     (["--config.model.dropout=nan"], ["model.dropout (nan)", "finite"]),
     (["--config.train.num_steps=0"], ["train.num_steps (0)", "1 or more"]),
     (["--config.train.batch_size=8", "--config.train.accumulation_steps=3"], ["(8)", "multiple", "(3)"]),
+    (["--config.model.rope_theta=1"], ["model.rope_theta (1.0)", "above 1"]),
+    (["--config.model.rope_beta_fast=0.5"], ["model.rope_beta_fast (0.5)", "model.rope_beta_slow (1.0)"]),
+    (["--config.model.rope_low_freq_factor=4"], ["model.rope_high_freq_factor (4.0)", "rope_low_freq_factor (4.0)"]),
     (["--config.mesh.data=3"], ["mesh.data (3)", "(1)", "-1"]),
     (["--config.sample.top_k=0"], ["sample.top_k (0)", "1 or more"]),
     (["--config.sample.top_p=1.5"], ["sample.top_p (1.5)", "at most 1"]),
     (["--config.sample.temperature=nan"], ["sample.temperature (nan)", "finite"]),
-    (["--config.sample.max_new_tokens=-1"], ["sample.max_new_tokens (-1)", "0 or more"]),
+    (["--config.sample.max_new_tokens=-1"], ["sample.max_new_tokens (-1)", "at least 0"]),
     (["--config.sample.prompt="], ["sample.prompt ('')", "at least one character"]),
     (["--config.data.tokenizer=char", "--config.sample.prompt=☕"], ["sample.prompt", "U+2615", "byte"]),
     (["--config.model.vocab_size=10"], ["model.vocab_size (10)", "(256)"]),
@@ -441,6 +448,8 @@ BAD_ARGUMENTS = [
     # Folders
     (["--workdir=book.txt"], ["'book.txt'", "--workdir"]),
     (["--config.data.cache_dir=book.txt"], ["book.txt", "data.cache_dir"]),
+    (["--config.data.cache_dir=/proc"], ["/proc", "can't be written", "data.cache_dir"]),
+    (["--config.data.path=~nobody-of-that-name/x"], ["~nobody-of-that-name/x", "does not exist"]),
 ]
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -158,6 +160,9 @@ def folders(tiny_run, tmp_path_factory):
     for name, text in {"broken": '{"model": {', "foreign": '{"hidden_size": 64}', "list": "[]"}.items():
         shutil.copytree(root / "unsaved", root / name)
         (root / name / "config.json").write_text(text)
+    shutil.copytree(tiny_run, root / "wider")
+    config_file = root / "wider" / "config.json"
+    config_file.write_text(config_file.read_text().replace('"n_embd": 32', '"n_embd": 64'))
     shutil.copytree(root / "unsaved", root / "wordless")
     (root / "wordless" / "tokenizer.json").unlink()
     return root
@@ -173,6 +178,7 @@ MISTAKES = [
     (["--workdir=broken"], ["broken/config.json"]),
     (["--workdir=foreign"], ["foreign/config.json", "'hidden_size'"]),
     (["--workdir=list"], ["list/config.json"]),
+    (["--workdir=wider"], ["does not fit", "[256, 32]", "[256, 64]", "config.json"]),
     (["--workdir=wordless"], ["wordless/tokenizer.json"]),
     (["--step=nearest"], ["'nearest'", "best, last, "]),
     (["--step=59"], ["'59'", "best, last, ", "60"]),
@@ -186,7 +192,8 @@ MISTAKES = [
     (["--temperature=-0.1"], ["temperature (-0.1)", "0 (greedy) or more"]),
     (["--temperature=nan"], ["temperature (nan)", "finite"]),
     (["--temperature=inf"], ["temperature (inf)", "finite"]),
-    (["--max_new_tokens=-1"], ["max_new_tokens (-1)", "0 or more"]),
+    (["--max_new_tokens=-1"], ["max_new_tokens (-1)", "at least 0"]),
+    (["--max_new_tokens=1000000000000"], ["max_new_tokens (1000000000000)", "at most 16777216"]),
     (["--prompt="], ["prompt is empty", "at least one character"]),
     (["--num_samples=0"], ["num_samples", "0", "positive"]),
     (["--seed=-1"], ["seed", "-1"]),
@@ -204,6 +211,15 @@ def test_a_mistake_is_one_line(commands, folders, arguments, told):
     assert (result.returncode, result.stdout) == (2, ""), result
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert [part for part in told if part not in result.stderr] == []
+
+
+def test_a_closed_pipe_is_no_error(clean_env, tiny_run):
+    command = [sys.executable, "-m", "llm_jax.sample", f"--workdir={tiny_run}", "--prompt=the", "--max_new_tokens=4"]
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', "bash", *command],
+        env=clean_env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_no_workdir(commands, folders):

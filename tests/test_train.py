@@ -18,6 +18,7 @@ import llm_jax
 from llm_jax import train
 from llm_jax.config import as_dict, freeze
 from llm_jax.errors import InputError
+from llm_jax.tokenizers import train_bpe
 from llm_jax.train import Stopped, fit
 
 STEPS = 6  # evaluations at 3 and 6, checkpoints (which evaluate too) at 2, 4 and 6
@@ -219,6 +220,7 @@ def test_a_finished_run_is_returned_untouched_with_every_key_that_may_differ(
         "model.layer_execution": "scan",
         "model.remat": "block",
         "data.path": str(tmp_path / "moved.txt"),
+        "data.tokenizer": str(workdir / "tokenizer.json"),
         "data.cache_dir": str(tmp_path / "other_cache"),
         "mesh.data": 1,
         "train.num_steps": 5,
@@ -240,7 +242,7 @@ def test_a_finished_run_is_returned_untouched_with_every_key_that_may_differ(
         ("train.seed", "0", "3"),
         ("train.eval_batches", "2", "1"),
         ("data.val_fraction", "0.1", "0.2"),
-        ("data.tokenizer", "'byte'", "'char'"),
+        ("data.tokenizer", "'byte'", "'char'"),  # by its content: the same under another name is no difference
     ],
 )
 def test_another_config_is_an_error_with_both_values(key, there, here, config, unstopped, one_device):
@@ -248,6 +250,48 @@ def test_another_config_is_an_error_with_both_values(key, there, here, config, u
     message = error_of(fit, config(**{key: json.loads(here.replace("'", '"'))}), workdir=unstopped)
     assert f"{key} {there} there and {here} here" in message and str(unstopped) in message
     assert (unstopped / "config.json").read_bytes() == before
+
+
+def test_the_same_path_with_another_tokenizer_is_an_error(config, tmp_path, one_device):
+    path, workdir = tmp_path / "t" / "tokenizer.json", tmp_path / "run"
+    train_bpe(["the cat " * 50], 260).save(path.parent)
+    given = {"data.tokenizer": str(path), "train.num_steps": 1, "model.vocab_size": 300}
+    fit(config(**given), workdir=workdir)
+    kept = (workdir / "tokenizer.json").read_bytes()
+    train_bpe(["a dog " * 50], 260).save(path.parent)
+    assert "another tokenizer" in error_of(fit, config(**given), workdir=workdir)
+    assert (workdir / "tokenizer.json").read_bytes() == kept
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_costs_no_checkpoint(config, tmp_path, one_device):
+    huge = {"optim.peak_lr": 1e30, "optim.grad_clip": 0.0, "train.num_steps": 20}
+    message = error_of(fit, config(**huge), workdir=tmp_path / "run")
+    assert "diverged" in message and "optim.peak_lr" in message
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert len(steps_saved(tmp_path / "run")) <= 1  # of the first two steps, which were finite
+
+
+def test_evaluation_takes_no_more_memory_than_a_micro_batch(config, tmp_path, one_device, monkeypatch):
+    """With accumulation; its lines are those of whole batches."""
+    shapes, made = set(), train._programs
+
+    def programs(*args):
+        init, train_fn, eval_fn = made(*args)
+        return init, train_fn, lambda params, batch: shapes.add(batch.tokens.shape) or eval_fn(params, batch)
+
+    monkeypatch.setattr(train, "_programs", programs)
+    fit(config(**{"train.accumulation_steps": 4}), workdir=tmp_path / "parts")
+    assert shapes == {(2, 32)}
+    fit(config(), workdir=tmp_path / "whole")
+    for parts, whole in zip(lines(tmp_path / "parts"), lines(tmp_path / "whole"), strict=True):
+        np.testing.assert_allclose([*parts.values()], [*whole.values()], rtol=1e-5)
+
+
+def test_a_saved_model_is_not_continued(config, unstopped, tmp_path, one_device):
+    llm_jax.load(unstopped).save(tmp_path / "model")
+    message = error_of(fit, config(), workdir=tmp_path / "model")
+    assert "no opt_state" in message and "remove" not in message
 
 
 def test_the_same_path_with_another_text_is_an_error(tiny_text, cache, unstopped, tmp_path, one_device):
