@@ -195,14 +195,14 @@ def _blockwise_backward(static, residuals, d_out):
             if static.softcap is not None:
                 d_scores *= 1 - jnp.square(scores / static.softcap)
             d_scores = (d_scores * q.shape[-1] ** -0.5).astype(q.dtype)
-            dk = _add_at(dk, einsum_f32("bgts,bgth->bsh", d_scores, q_i), at)
-            dv = _add_at(dv, einsum_f32("bgts,bgth->bsh", weights.astype(q.dtype), d_out_i), at)
+            dk = _add_at(dk, _transposed_product(q_i, d_scores), at)
+            dv = _add_at(dv, _transposed_product(d_out_i, weights.astype(q.dtype)), at)
             return (dk, dv), (einsum_f32("bgts,bsh->bgth", d_scores, k_i).astype(q.dtype),)
 
-        zeros = jnp.zeros(k.shape, jnp.float32)
+        zeros = jnp.zeros(k.swapaxes(1, 2).shape, jnp.float32)
         runs = _runs(padded // block, block, static)
         (dk, dv), (dq,) = _over_blocks(one_block, (zeros, zeros), runs, block)
-        return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+        return dq, dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
 
     folded = (_fold_queries(q, k, padded), _fold_keys(k, padded), _fold_keys(v, padded))
     folded += (_fold_queries(d_out, k, padded), _fold_queries(delta, k, padded), lse)
@@ -323,6 +323,17 @@ def _cut(x, start, size: int, axis: int):
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
+def _transposed_product(rows, tile):
+    """sum over queries of rows [b, G, t, H] and tile [b, G, t, s] -> [b, H, s].
+
+    The transpose of rows is small and explicit. For the other order, [b, s, H], XLA's CPU backend walks down the
+    columns of the tile: 2 to 8 times as slow (7 GFLOP/s instead of 54 on a core at t 64, s 1024, H 16).
+    """
+    batch, heads, time, width = rows.shape
+    flat = rows.reshape(batch, heads * time, width).swapaxes(1, 2)
+    return einsum_f32("bht,bts->bhs", flat, tile.reshape(batch, heads * time, -1))
+
+
 def _add_at(total, part, start):
-    size = part.shape[1]
-    return jax.lax.dynamic_update_slice_in_dim(total, _cut(total, start, size, 1) + part, start, 1)
+    size = part.shape[2]
+    return jax.lax.dynamic_update_slice_in_dim(total, _cut(total, start, size, 2) + part, start, 2)

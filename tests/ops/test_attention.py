@@ -211,7 +211,7 @@ def test_vmap_of_the_gradient(implementation):
     mapped = jax.jit(jax.vmap(gradient))(q, k, v)
     for i in range(3):
         for a, e in zip(mapped, gradient(q[i], k[i], v[i]), strict=True):
-            np.testing.assert_allclose(a[i], e, atol=1e-5)
+            np.testing.assert_allclose(a[i], e, atol=1e-5, rtol=1e-5)  # up to 20 large; products differ in order
 
 
 def temporary_bytes(time, implementation, **chosen):
