@@ -18,6 +18,7 @@ from llm_jax.ops.attention import MASK_VALUE, attention, einsum_f32, masked_atte
 from llm_jax.ops.kv_cache import LayerCache, init_layer_cache, update_layer_cache
 from llm_jax.ops.losses import cross_entropy
 from llm_jax.ops.norms import layer_norm, rms_norm
+from llm_jax.ops.orthogonalize import orthogonalize
 from llm_jax.ops.rope import RopeScaling, apply_rope, precompute_freqs_cis, rope, rope_frequencies
 from llm_jax.ops.sampling import draw, min_p_mask, top_k_mask, top_p_mask
 
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norm",
     "masked_attention",
     "min_p_mask",
+    "orthogonalize",
     "precompute_freqs_cis",
     "rms_norm",
     "rope",
