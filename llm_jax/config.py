@@ -27,8 +27,7 @@ ATTENTIONS = ("auto", "plain", "blockwise")
 LAYER_EXECUTIONS = ("auto", "scan", "unrolled")
 REMATS = ("none", "block", "dots")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
-OPTIMIZERS = ("adamw",)
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 MAX_NEW_TOKENS = 2**24  # float32, in which rope computes angles, counts no further
 MAX_SEED = 2**32 - 1  # jax and grain take no more bits: a larger one would be another's equal
 
@@ -87,17 +86,21 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """The update rule, its rate over the steps, and the average of the parameters."""
 
-    name: str = "adamw"
-    schedule: str = "cosine"  # cosine | constant, after the warm-up
+    name: str = "adamw"  # adamw | muon | any other optimizer that optax has: lion, adafactor, sgd, ...
+    schedule: str = "cosine"  # cosine | linear | wsd (constant, then a line) | constant, after a linear warm-up
     peak_lr: float = 1e-3
-    final_lr: float | None = None  # None: peak_lr / 10
+    final_lr: float | None = None  # of the last step, unless the schedule is constant; None: peak_lr / 10
     warmup_steps: int = 100
-    weight_decay: float = 0.1  # on weight matrices only
-    b1: float = 0.9
+    decay_fraction: float = 0.2  # wsd: the last part of all steps, in which the rate falls
+    weight_decay: float = 0.1  # on weight matrices only; times the rate; where the optimizer has one
+    b1: float = 0.9  # AdamW's, under Muon of the parameters left to it, and of others that have one
     b2: float = 0.99
+    muon_momentum: float = 0.95
+    adamw_lr: float | None = None  # muon: peak rate of the parameters left to AdamW; None: peak_lr
     grad_clip: float = 1.0  # global norm; 0: off
+    ema_decay: float = 0.0  # evaluate and keep an average of the parameters over 1 / (1 - ema_decay) steps; 0: off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,12 +377,15 @@ def _data(d: DataConfig) -> DataConfig:
 
 
 def _optim(o: OptimConfig) -> OptimConfig:
-    _one_of("optim", o, "name", OPTIMIZERS)
+    # Whether there is an optimizer of that name is for optim.py to say, which knows optax.
     _one_of("optim", o, "schedule", SCHEDULES)
     _above_zero("optim", o, "peak_lr")
+    _above_zero("optim", o, "adamw_lr")
+    if not 0 < o.decay_fraction <= 1:
+        raise InputError(f"optim.decay_fraction ({o.decay_fraction}) must be above 0 and at most 1")
     for name in ("final_lr", "warmup_steps", "weight_decay", "grad_clip"):
         _at_least("optim", o, name, 0)
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "muon_momentum", "ema_decay"):
         if not 0 <= getattr(o, name) < 1:
             raise InputError(f"optim.{name} ({getattr(o, name)}) must be at least 0 and below 1")
     return dataclasses.replace(o, final_lr=o.peak_lr / 10 if o.final_lr is None else o.final_lr)

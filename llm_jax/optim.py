@@ -1,26 +1,42 @@
-"""OptimConfig -> an optax transformation; which parameters decay comes from their axis letters."""
+"""OptimConfig -> an optax transformation; which parameters decay, and as which matrices Muon takes them, comes
+from their axis letters."""
 
-from typing import Any
+import dataclasses
+import difflib
+import functools
+import inspect
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from llm_jax import ops
 from llm_jax.config import OptimConfig
+from llm_jax.errors import InputError
 
 
 def make_schedule(cfg: OptimConfig, *, num_steps: int) -> optax.Schedule:
-    """Update number (from 0) -> learning rate: linear warm-up, then cosine to `final_lr` or constant.
+    """Update number (from 0) -> learning rate: linear warm-up, then `cfg.schedule`.
 
-    The first update already has peak_lr / warmup_steps; the last one of `num_steps` has final_lr.
+    The first update already has peak_lr / warmup_steps; the last one of `num_steps` has final_lr, unless the
+    schedule is constant. "cosine" and "linear" fall from the warm-up on, "wsd" (warm-up, stable, decay: Hu et
+    al. 2024, "MiniCPM") in a line over the last `decay_fraction` of all steps, or what the warm-up leaves of it.
     """
+    last = max(num_steps, cfg.warmup_steps + 1)
+    falling = last - cfg.warmup_steps  # steps
+    if cfg.schedule == "wsd":
+        falling = min(falling, max(1, round(cfg.decay_fraction * num_steps)))
 
     def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
         warmup = (count + 1) / max(cfg.warmup_steps, 1)
-        done = (count - cfg.warmup_steps + 1) / max(num_steps - cfg.warmup_steps, 1)
+        done = jnp.clip((count + 1 - (last - falling)) / falling, 0, 1)
         decay = {
-            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1))),
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "linear": 1 - done,
+            "wsd": 1 - done,
             "constant": 1.0,
         }[cfg.schedule]
         decayed = cfg.final_lr + (cfg.peak_lr - cfg.final_lr) * decay
@@ -38,16 +54,151 @@ def decays(axes: str) -> bool:
 
 
 def make_optimizer(cfg: OptimConfig, *, num_steps: int, axes: Any) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov and Hutter 2019) with decay on weight matrices only.
+    """Clipping by global norm, then AdamW (Loshchilov and Hutter 2019), Muon, or the optax optimizer `cfg.name`.
+
+    Weight decay is on weight matrices only. An optimizer of optax gets the schedule, and those of b1, b2,
+    weight_decay and the mask that it has; its other arguments keep optax's defaults.
 
     Args:
         axes: `model.param_axes`, the axis letters of every parameter.
+
+    Raises:
+        InputError: optax has no such optimizer.
+        ValueError: Muon, and a parameter whose letters do not say which matrices it holds.
     """
-    adamw = optax.adamw(
-        make_schedule(cfg, num_steps=num_steps),
-        b1=cfg.b1,
-        b2=cfg.b2,
-        weight_decay=cfg.weight_decay,
-        mask=jax.tree.map(decays, axes),
+    schedule = make_schedule(cfg, num_steps=num_steps)
+    if cfg.name == "muon":
+        optimizer = _muon(cfg, schedule, axes)
+    else:
+        optimizer = _by_name(cfg, schedule, jax.tree.map(decays, axes))
+    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), optimizer) if cfg.grad_clip else optimizer
+
+
+def check_name(name: str) -> None:
+    """Raises InputError, in one line, unless `optim.name` is "muon" or an optimizer of optax that trains here."""
+    if name == "muon":
+        return
+    if not _takes_learning_rate(name):
+        known = ["muon", *filter(_takes_learning_rate, dir(optax))]
+        near = difflib.get_close_matches(name, known, 3, 0.5) or ["adamw", "muon", "lion", "sgd"]
+        what = "is in optax, but is no optimizer" if hasattr(optax, name) else "is no optimizer of optax"
+        raise InputError(f"optim.name ({name!r}) {what}; near it are {', '.join(near)}")
+    params = {"matrix": jnp.zeros((2, 2)), "norm": jnp.zeros(2)}
+    cfg = dataclasses.replace(OptimConfig(), name=name, final_lr=0.0)
+
+    def update() -> Any:
+        optimizer = make_optimizer(cfg, num_steps=1, axes={"matrix": "DF", "norm": "D"})
+        return optimizer.update(params, optimizer.init(params), params)
+
+    try:
+        jax.eval_shape(update)
+    except (TypeError, ValueError) as error:  # lbfgs wants the loss too, rprop a constant rate
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"optim.name ({name!r}) cannot train here: it needs more than gradients and a schedule ({reason}); "
+            "take adamw, muon or another"
+        ) from None
+
+
+def _takes_learning_rate(name: str) -> bool:
+    """Whether optax has a function of this name that makes an optimizer of a learning rate."""
+    function = getattr(optax, name, None)
+    if name.startswith(("_", "scale_by_")) or not isinstance(function, types.FunctionType | functools.partial):
+        return False
+    return "learning_rate" in inspect.signature(function).parameters
+
+
+def _by_name(cfg: OptimConfig, schedule: optax.Schedule, mask: Any) -> optax.GradientTransformation:
+    function = getattr(optax, cfg.name)
+    takes = inspect.signature(function).parameters
+    given = {"b1": cfg.b1, "b2": cfg.b2}
+    if "mask" in takes:  # without one, norms would decay too
+        given |= {"weight_decay": cfg.weight_decay, "mask": mask}
+    return function(learning_rate=schedule, **{key: value for key, value in given.items() if key in takes})
+
+
+# -- Muon
+
+SEPARATE = "LNK"  # axes along which a parameter holds matrices of their own: layers, query and key heads
+MATRICES = ("DH", "HD", "DF", "FD")  # the two axes of a matrix, its input first
+TABLES = ("VD", "CD")  # a row for each token or position
+
+
+def matrix_axes(name: str, axes: str) -> tuple[int, int] | None:
+    """Where the (input, output) axes of a parameter's matrices are; None: it is left to AdamW.
+
+    q, k, v and o are a matrix per head. Left to AdamW are vectors (norms, biases) and tables, of which a step
+    changes some rows only (Jordan et al. 2024).
+
+    Raises:
+        ValueError: neither; the letters do not say which axis is the input and which the output.
+    """
+    letters = "".join(letter for letter in axes if letter not in SEPARATE)
+    if letters in MATRICES:
+        return axes.index(letters[0]), axes.index(letters[1])
+    if len(letters) < 2 or letters in TABLES:
+        return None
+    raise ValueError(
+        f"parameter {name} with axes {axes}: of {letters}, optim.py does not know which is a matrix's input and "
+        "which its output; list it in MATRICES or TABLES there"
     )
-    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), adamw) if cfg.grad_clip else adamw
+
+
+class MuonState(NamedTuple):
+    count: Int[Array, ""]
+    momentum: Any
+
+
+def scale_by_muon(axes: Any, *, momentum: float) -> optax.GradientTransformation:
+    """Nesterov momentum, each of its matrices orthogonalized, times 0.2 sqrt(max(input, output)).
+
+    Jordan et al. 2024, "Muon", with Adam's bias corrections, as optax.contrib.muon. By the factor the entries have
+    a root mean square of 0.2, about that of AdamW's updates, so that one learning rate and one weight decay serve
+    both (Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2).
+
+    Args:
+        axes: where the (input, output) axes of each parameter are, as a tree of the parameters' structure.
+    """
+
+    def init(params: Any) -> MuonState:
+        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        count = state.count + 1
+        now, ahead = 1 / (1 - momentum**count), 1 / (1 - momentum ** (count + 1))
+
+        def direction(mean: Array, grad: Array, at: tuple[int, int]) -> Array:
+            matrices = jnp.moveaxis(momentum * ahead * mean + (1 - momentum) * now * grad, at, (-2, -1))
+            scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
+            return jnp.moveaxis(scale * ops.orthogonalize(matrices), (-2, -1), at)
+
+        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, grads)
+        return jax.tree.map(direction, mean, grads, axes), MuonState(count, mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _muon(cfg: OptimConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+    def place(path: tuple[Any, ...], letters: str) -> tuple[int, int] | optax.MaskedNode:
+        return matrix_axes(jax.tree_util.keystr(path, simple=True, separator="/"), letters) or optax.MaskedNode()
+
+    places = jax.tree_util.tree_map_with_path(place, axes)
+    labels = jax.tree.map(
+        lambda at: "muon" if at else "adamw", places, is_leaf=lambda node: isinstance(node, tuple)
+    )
+    ratio = 1.0 if cfg.adamw_lr is None else cfg.adamw_lr / cfg.peak_lr
+    parts = {
+        "muon": optax.chain(
+            scale_by_muon(places, momentum=cfg.muon_momentum),
+            optax.add_decayed_weights(cfg.weight_decay),  # all are weight matrices
+            optax.scale_by_learning_rate(schedule),
+        ),
+        "adamw": optax.adamw(
+            lambda count: ratio * schedule(count),
+            b1=cfg.b1,
+            b2=cfg.b2,
+            weight_decay=cfg.weight_decay,
+            mask=jax.tree.map(decays, axes),
+        ),
+    }
+    return optax.partition(parts, labels)

@@ -1,11 +1,14 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from llm_jax import model, optim
+from llm_jax import model, ops, optim
 from llm_jax.config import OptimConfig, freeze
+from llm_jax.errors import InputError
 
 
 def optim_config(**values) -> OptimConfig:
@@ -39,7 +42,32 @@ def test_final_rate_defaults_to_a_tenth_and_warmup_may_be_absent_or_longer_than_
     np.testing.assert_allclose(rates(5, peak_lr=1.0, warmup_steps=10), np.arange(1, 6) / 10, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "constant"])
+def test_linear_goes_up_a_line_to_the_peak_and_down_a_line_to_the_final_rate():
+    lr = rates(110, schedule="linear", peak_lr=1.0, final_lr=0.1, warmup_steps=10)
+    np.testing.assert_allclose(lr[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(lr[10:], 1 - 0.9 * np.arange(1, 101) / 100, rtol=1e-6)
+    assert lr[-1] == np.float32(0.1)
+    assert rates(110, schedule="linear", peak_lr=1.0, final_lr=0.0)[-1] == 0
+
+
+def test_wsd_stays_at_the_peak_and_falls_a_line_over_the_last_part_of_all_steps():
+    lr = rates(100, schedule="wsd", peak_lr=1.0, final_lr=0.2, warmup_steps=10, decay_fraction=0.4)
+    np.testing.assert_allclose(lr[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_array_equal(lr[10:60], 1)
+    np.testing.assert_allclose(lr[60:], 1 - 0.8 * np.arange(1, 41) / 40, rtol=1e-6)
+    assert lr[-1] == np.float32(0.2)
+
+
+def test_wsd_has_at_least_one_step_of_decay_and_none_before_the_warmup_ends():
+    short = rates(10, schedule="wsd", peak_lr=1.0, final_lr=0.0, warmup_steps=0, decay_fraction=0.01)
+    np.testing.assert_array_equal(short, [1] * 9 + [0])
+    long = rates(10, schedule="wsd", peak_lr=1.0, final_lr=0.0, warmup_steps=6, decay_fraction=0.9)
+    np.testing.assert_allclose(long, [*np.arange(1, 7) / 6, 0.75, 0.5, 0.25, 0], rtol=1e-6, atol=1e-7)
+    none = rates(5, schedule="wsd", peak_lr=1.0, warmup_steps=10)
+    np.testing.assert_allclose(none, np.arange(1, 6) / 10, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
 def test_a_schedule_is_the_same_when_traced(kind):
     schedule = optim.make_schedule(optim_config(schedule=kind, warmup_steps=3), num_steps=10)
     traced = jax.vmap(schedule)(jnp.arange(12))
@@ -134,3 +162,190 @@ def test_in_a_model_exactly_the_weight_matrices_decay(untied):
     names = {path.split("/")[-1] for path in moved}
     assert names == (MATRICES - {"positions"} | {"weight"} if untied else MATRICES)
     assert {path for path in moved if path.endswith("weight")} == ({"lm_head/weight"} if untied else set())
+
+
+# -- Any optimizer of optax by its name
+
+
+def test_sgd_takes_the_schedule():
+    after = run(optim_config(name="sgd", peak_lr=0.1, warmup_steps=4, grad_clip=0.0), GRADS)
+    for name in PARAMS:
+        expected = PARAMS[name] - 0.025 * GRADS[0][name] - 0.05 * GRADS[1][name]
+        np.testing.assert_allclose(after[name], expected, rtol=1e-6)
+
+
+def test_lion_takes_the_betas_and_decays_weight_matrices_only():
+    """Chen et al. 2023, algorithm 2."""
+    b1, b2, decay, lr = 0.8, 0.6, 0.5, 0.1
+    cfg = dict(peak_lr=lr, schedule="constant", warmup_steps=0, b1=b1, b2=b2, weight_decay=decay, grad_clip=0.0)
+    after = run(optim_config(name="lion", **cfg), GRADS)
+    for name in PARAMS:
+        expected, m = np.asarray(PARAMS[name], np.float64), 0.0
+        for grads in GRADS:
+            g = np.asarray(grads[name], np.float64)
+            own_decay = decay if name == "matrix" else 0.0
+            expected = expected - lr * (np.sign(b1 * m + (1 - b1) * g) + own_decay * expected)
+            m = b2 * m + (1 - b2) * g
+        np.testing.assert_allclose(after[name], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor", "lamb", "nadamw", "rmsprop", "adagrad", "novograd"])
+def test_optimizers_with_and_without_betas_decay_and_mask_train(name):
+    optim.check_name(name)
+    after = run(optim_config(name=name, peak_lr=0.1, warmup_steps=0), GRADS)
+    assert all(np.isfinite(after[key]).all() and (after[key] != PARAMS[key]).any() for key in PARAMS)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd", "adafactor"])
+def test_the_names_of_the_documentation_are_known(name):
+    optim.check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("addamw", ["is no optimizer of optax", "adamw"]),
+        ("Lion", ["is no optimizer of optax", "lion"]),
+        ("no_such_thing", ["is no optimizer of optax", "adamw", "muon"]),
+        ("linear_schedule", ["is in optax, but is no optimizer"]),
+        ("clip", ["is in optax, but is no optimizer"]),
+        ("scale_by_adam", ["is in optax, but is no optimizer", "adam"]),
+        ("MaskedNode", ["is in optax, but is no optimizer"]),
+        ("losses", ["is in optax, but is no optimizer"]),
+        ("", ["is no optimizer of optax"]),
+        ("lbfgs", ["cannot train here", "value_fn"]),
+        ("rprop", ["cannot train here"]),  # a schedule is no rate to it
+    ],
+)
+def test_another_name_is_refused_in_one_line(name, words):
+    with pytest.raises(InputError) as error:
+        optim.check_name(name)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in (f"optim.name ({name!r})", *words):
+        assert word in message
+
+
+# -- Muon
+
+MUON_SHAPES = {"LDNH": (2, 8, 3, 4), "LNHD": (2, 3, 4, 8), "LDF": (2, 8, 12), "LFD": (2, 12, 8), "VD": (5, 8)}
+MUON_SHAPES |= {"LD": (2, 8), "LNH": (2, 3, 4)}
+MUON_AXES = {letters: letters for letters in MUON_SHAPES}
+
+
+def muon_params(seed):
+    keys = iter(jax.random.split(jax.random.key(seed), len(MUON_SHAPES)))
+    return {letters: jax.random.normal(next(keys), shape) for letters, shape in MUON_SHAPES.items()}
+
+
+@pytest.fixture
+def exact_orthogonalize(monkeypatch):
+    """Singular values of 1 to rounding: what any good coefficients give, so that two libraries may be compared."""
+    coefficients = [(15 / 8, -5 / 4, 3 / 8)] * 16
+    monkeypatch.setattr(optim.ops, "orthogonalize", functools.partial(ops.orthogonalize, coefficients=coefficients))
+    return coefficients
+
+
+def test_muon_equals_optax_with_the_same_axes_and_adamw_for_the_rest(exact_orthogonalize):
+    """Heads, momentum, its bias correction, scale, decay, schedule, clipping."""
+    spec = optax.contrib.MuonDimensionNumbers
+    axes = {"LDNH": spec(1, 3), "LNHD": spec(2, 3), "LDF": spec(1, 2), "LFD": spec(1, 2)}
+    cfg = optim_config(
+        name="muon", peak_lr=0.1, adamw_lr=0.02, warmup_steps=2, b2=0.95, muon_momentum=0.9, weight_decay=0.3
+    )
+    schedule = optim.make_schedule(cfg, num_steps=10)
+    muon = optax.contrib.muon(
+        schedule,
+        ns_coeffs=tuple(exact_orthogonalize),
+        ns_steps=len(exact_orthogonalize),
+        beta=0.9,
+        weight_decay=0.3,
+        muon_weight_dimension_numbers={name: axes.get(name) for name in MUON_SHAPES},
+        consistent_rms=0.2,
+    )
+    decayed = {name: name in (*axes, "VD") for name in MUON_SHAPES}
+    adamw = optax.adamw(lambda count: schedule(count) / 5, b1=0.9, b2=0.95, weight_decay=0.3, mask=decayed)
+    ours = optim.make_optimizer(cfg, num_steps=10, axes=MUON_AXES)
+    after = {}
+    for optimizer in (muon, adamw, ours):
+        params, chain = muon_params(0), optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+        state = chain.init(params)
+        for step in range(1, 5):
+            updates, state = jax.jit(chain.update)(muon_params(step), state, params)
+            params = optax.apply_updates(params, updates)
+        after[optimizer] = params
+    for name in MUON_SHAPES:
+        expected = after[muon if name in axes else adamw][name]
+        np.testing.assert_allclose(after[ours][name], expected, atol=1e-4, err_msg=name)
+        assert np.abs(expected - muon_params(0)[name]).max() > 0.03
+
+
+def first_update(**values):
+    cfg = optim_config(name="muon", warmup_steps=0, schedule="constant", weight_decay=0.0, **values)
+    zeros = jax.tree.map(jnp.zeros_like, muon_params(0))
+    return run(cfg, [muon_params(1)], zeros, MUON_AXES)
+
+
+def test_muons_updates_are_as_large_as_adamws(exact_orthogonalize):
+    after = first_update(peak_lr=0.1)
+    size = {name: float(jnp.sqrt(jnp.mean(jnp.square(value)))) / 0.1 for name, value in after.items()}
+    for name in ("LDNH", "LNHD", "LDF", "LFD"):
+        assert size[name] == pytest.approx(0.2, rel=1e-3)
+    for name in ("VD", "LD", "LNH"):
+        assert size[name] == pytest.approx(1.0, rel=1e-3)  # AdamW's first step is the sign
+
+
+def test_every_head_has_a_matrix_of_its_own(exact_orthogonalize):
+    after = first_update(peak_lr=1.0)
+    for name, at in (("LDNH", np.s_[1, :, 2, :]), ("LNHD", np.s_[1, 2])):
+        u, _, vt = np.linalg.svd(np.asarray(muon_params(1)[name][at], np.float64), full_matrices=False)
+        np.testing.assert_allclose(after[name][at], -0.2 * 8**0.5 * u @ vt, atol=1e-3)
+
+
+@pytest.mark.parametrize("adamw_lr, ratio", [(None, 1.0), (0.02, 0.2)])
+def test_adamw_lr_is_the_rate_of_what_is_no_matrix(adamw_lr, ratio):
+    plain, apart = first_update(peak_lr=0.1), first_update(peak_lr=0.1, adamw_lr=adamw_lr)
+    for name in MUON_SHAPES:
+        factor = ratio if name in ("VD", "LD", "LNH") else 1.0
+        np.testing.assert_allclose(apart[name], factor * plain[name], rtol=1e-5)
+
+
+def test_in_a_model_muon_takes_the_matrices_of_the_blocks_alone():
+    values = dict(n_embd=16, n_head=2, n_layer=2, block_size=8, vocab_size=11, qk_norm=True, tie_embeddings=False)
+    cfg = freeze({"model": values | dict(use_rope=False, use_rmsnorm=False, use_bias=True)})
+    found = {}
+    for path, letters in jax.tree_util.tree_leaves_with_path(model.param_axes(cfg.model)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name] = optim.matrix_axes(name, letters)
+    matrices = {name.removeprefix("blocks/"): at for name, at in found.items() if at}
+    assert matrices == {
+        "attn/q": (1, 3),
+        "attn/k": (1, 3),
+        "attn/v": (1, 3),
+        "attn/o": (2, 3),
+        "mlp/gate": (1, 2),
+        "mlp/up": (1, 2),
+        "mlp/down": (1, 2),
+    }
+    assert {"embed/tokens", "embed/positions", "lm_head/weight", "blocks/attn/q_bias"} <= {*found}
+
+
+@pytest.mark.parametrize("letters", ["LDD", "LDX", "FF", "LVF", "HDF", "VDH"])
+def test_a_tensor_whose_letters_do_not_say_input_and_output_is_refused_by_name(letters):
+    with pytest.raises(ValueError, match=rf"parameter blocks/new/weight with axes {letters}.*MATRICES"):
+        cfg = optim_config(name="muon")
+        optim.make_optimizer(cfg, num_steps=1, axes={"blocks": {"new": {"weight": letters}}})
+
+
+def test_muon_trains_a_quadratic_in_bfloat16_parameters():
+    """The state takes the parameters' dtype, and the direction is found in float32."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), muon_params(0))
+    cfg = optim_config(name="muon", peak_lr=0.1, warmup_steps=0, schedule="constant")
+    optimizer = optim.make_optimizer(cfg, num_steps=10, axes=MUON_AXES)
+    state = optimizer.init(params)
+    updates, new_state = optimizer.update(params, state, params)
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(lambda leaf: leaf.dtype, new_state)
+    after = optax.apply_updates(params, updates)
+    for name in MUON_SHAPES:
+        assert after[name].dtype == jnp.bfloat16
+        assert jnp.sum(jnp.square(after[name])) < jnp.sum(jnp.square(params[name]))
