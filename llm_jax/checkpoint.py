@@ -94,6 +94,11 @@ def _only_in(shapes: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> st
     return ", ".join(str(list(shape)) for shape in only[:3]) + (", ..." if len(only) > 3 else "") or "no more"
 
 
+def holds(manager: ocp.CheckpointManager, step: int, name: str) -> bool:
+    """Whether the checkpoint has a tree of that name."""
+    return (manager.directory / str(step) / name).is_dir()
+
+
 def pick_step(manager: ocp.CheckpointManager, which: int | str) -> int:
     """The step that "best" (by val_loss; without any, the last), "last" or a number stands for.
 

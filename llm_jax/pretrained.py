@@ -52,8 +52,10 @@ def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, 
         model.param_shapes(cfg.model),
     )
     with checkpoint.open_checkpoints(folder, create=False) as manager:
-        restored = checkpoint.restore(manager, checkpoint.pick_step(manager, step), {"params": like})
-    return cfg, restored["params"], tokenizer
+        picked = checkpoint.pick_step(manager, step)
+        name = "ema" if checkpoint.holds(manager, picked, "ema") else "params"  # a run's average, if it kept one
+        restored = checkpoint.restore(manager, picked, {name: like})
+    return cfg, restored[name], tokenizer
 
 
 def write_run(workdir: str | Path, cfg: Config, tokenizer: Tokenizer) -> None:

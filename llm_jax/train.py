@@ -69,6 +69,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices())
     sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
+    optim.check_name(cfg.optim.name)
     corpus = prepare(cfg.data)
     cfg = _resolve(cfg, corpus)
     tokenizer, token_bytes = corpus.tokenizer, corpus.tokenizer.token_bytes()
@@ -102,7 +103,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         first_step = int(state.step)
         if first_step >= num_steps and any("val_loss_full" in line for line in read_metrics(workdir)):
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
-            return _remember(LanguageModel(cfg, state.params, tokenizer))
+            return _remember(LanguageModel(cfg, state.best_params, tokenizer))
         if first_step:
             say(f"continues after step {first_step}")
         try:
@@ -129,29 +130,28 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
                             report.progress(step, line)
                         val_loss = None
                         if due(cfg.train.eval_every) or due(cfg.train.save_every):
-                            val_loss, bits_per_byte = _evaluate(eval_fn, state.params, map(put, val_part))
+                            val_loss, bits_per_byte = _evaluate(eval_fn, state.best_params, map(put, val_part))
                             _check_finite({"val_loss": val_loss}, step)
                             report.log(step, {"val_loss": val_loss, "bits_per_byte": bits_per_byte})
                             say(f"step {step}: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
                             plot_losses(workdir)
                         if due(cfg.train.save_every) or stopping:
-                            trees = {"params": state.params, "opt_state": state.opt_state}
-                            checkpoint.save(checkpoints, step, trees, val_loss=val_loss)
+                            checkpoint.save(checkpoints, step, _saved(state), val_loss=val_loss)
                         if stopping:
                             checkpoints.wait_until_finished()
                             raise Stopped(stopping, step, workdir)
                         if due(cfg.train.sample_every) and step < num_steps:
-                            _print_sample(LanguageModel(cfg, state.params, tokenizer))
+                            _print_sample(LanguageModel(cfg, state.best_params, tokenizer))
                         if step == first_step + 1 or val_loss is not None or due(cfg.train.sample_every):
                             clock.restart(step)  # compiling, evaluating and sampling are not training speed
                 if stop.signum:  # it came while the last step was evaluated and saved
                     raise Stopped(stop.signum, num_steps, workdir)
 
-                val_loss, bits_per_byte = _evaluate(eval_fn, state.params, map(put, val_whole))
+                val_loss, bits_per_byte = _evaluate(eval_fn, state.best_params, map(put, val_whole))
                 last_step = max(first_step, num_steps)  # a run may be told to end before the step it has reached
                 report.log(last_step, {"val_loss_full": val_loss, "bits_per_byte_full": bits_per_byte})
                 say(f"whole validation split: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
-                language_model = LanguageModel(cfg, state.params, tokenizer)
+                language_model = LanguageModel(cfg, state.best_params, tokenizer)
                 _print_sample(language_model)
         except BaseException:
             # A notebook keeps an error's traceback, and with it this frame: its buffers would outlive it.
@@ -201,7 +201,9 @@ def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> 
     init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
 
     def init() -> train_step.TrainState:
-        return train_step.init_state(model.init_params(cfg.model, init_key), optimizer)
+        return train_step.init_state(
+            model.init_params(cfg.model, init_key), optimizer, average=cfg.optim.ema_decay > 0
+        )
 
     def apply_train(params: model.Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
         return network.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": key})[0]
@@ -212,6 +214,8 @@ def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> 
     train_fn = train_step.make_train_step(
         apply_train, optimizer, schedule, accumulation_steps=cfg.train.accumulation_steps, run_key=run_key
     )
+    if cfg.optim.ema_decay:
+        train_fn = train_step.with_average(train_fn, cfg.optim.ema_decay)
     padded_bytes = np.zeros(cfg.model.vocab_size, np.int32)
     padded_bytes[: len(token_bytes)] = token_bytes
     everywhere = sharding.replicated(mesh)
@@ -232,8 +236,13 @@ def _restore_or_init(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(init)
     )
     step = checkpoint.pick_step(checkpoints, "last")
-    trees = checkpoint.restore(checkpoints, step, {"params": like.params, "opt_state": like.opt_state})
+    trees = checkpoint.restore(checkpoints, step, _saved(like))
     return train_step.TrainState(jax.device_put(np.int32(step), everywhere), **trees)
+
+
+def _saved(state: train_step.TrainState) -> dict[str, Any]:
+    """The trees of a checkpoint: all of the state but the step, which is the checkpoint's number."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
 def _evaluate(

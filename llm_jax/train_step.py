@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation step: pure functions, ready for jit."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,10 +22,19 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # finished updates
     params: Any
     opt_state: Any
+    ema: Any = None  # running average of the parameters, float32; None: off
+
+    @property
+    def best_params(self) -> Any:
+        """What evaluation, samples and the finished model take: the average where there is one."""
+        if self.ema is None:
+            return self.params
+        return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), self.ema, self.params)
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_state(params: Any, optimizer: optax.GradientTransformation, *, average: bool = False) -> TrainState:
+    ema = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params) if average else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
 def make_train_step(
@@ -75,6 +85,25 @@ def make_train_step(
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return train_step
+
+
+def with_average(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], decay: float
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The same step, which also keeps `state.ema`, an exponential average of the parameters after each update.
+
+    After t updates the average is sum_i decay^(t-i) params_i / sum_i decay^(t-i) over i = 1..t: Adam's bias
+    correction (Kingma and Ba 2015, section 3), so that it never holds the initial parameters.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new_state, metrics = train_step(state, batch)
+        # (1 - decay) / (1 - decay^t), which is 1 at t = 1; expm1, since decay^t is near 1 for long.
+        weight = (1 - decay) / -jnp.expm1(new_state.step * math.log(decay))
+        ema = jax.tree.map(lambda mean, leaf: (1 - weight) * mean + weight * leaf, state.ema, new_state.params)
+        return new_state._replace(ema=ema), metrics
+
+    return step
 
 
 class EvalSums(NamedTuple):

@@ -15,7 +15,7 @@ from conftest import only_one_device, tiny_config
 from ml_collections import ConfigDict
 
 import llm_jax
-from llm_jax import train
+from llm_jax import checkpoint, train
 from llm_jax.config import as_dict, freeze
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import train_bpe
@@ -200,6 +200,65 @@ def test_eight_devices_continue_one_devices_run_with_its_losses(config, unstoppe
     assert lm.generate("the ", max_new_tokens=8, temperature=0.0).startswith("the ")
 
 
+# -- Muon, and the average of the parameters
+
+
+def test_a_run_by_muon_with_an_average_evaluates_keeps_and_returns_the_average(config, tmp_path, one_device):
+    values = {"optim.name": "muon", "optim.ema_decay": 0.8, "sample.temperature": 0.0}
+    workdir, other = tmp_path / "run", tmp_path / "other"
+    lm = fit(config(**values), workdir=workdir)
+    saved = jax.device_get(lm.params)
+    for step in ("last", "best", 6):
+        jax.tree.map(np.testing.assert_array_equal, llm_jax.load(workdir, step=step).params, saved)
+    raw = checkpoint_tree(workdir, 6, "params", lm)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(saved), strict=True))
+
+    # The evaluation of step 6 and of the whole split are the average's, the first on 2 batches.
+    shape = dict(block_size=32, batch_size=8)
+    corpus = train.prepare(llm_jax.load(workdir).config.data)
+    for name, max_batches in (("val_loss", 2), ("val_loss_full", None)):
+        nats = count = 0
+        for batch in train.data.eval_batches(corpus.val, **shape, max_batches=max_batches):
+            logprobs = jax.nn.log_softmax(lm.logits(batch.tokens))
+            nats -= float((np.take_along_axis(logprobs, batch.targets[..., None], -1)[..., 0] * batch.mask).sum())
+            count += batch.mask.sum()
+        line = [line for line in lines(workdir) if name in line][-1]
+        np.testing.assert_allclose(line[name], nats / count, rtol=1e-5)
+
+    # Continued from step 4 it is the same, bit for bit, and the finished run is returned with its average.
+    shutil.copytree(workdir, other)
+    shutil.rmtree(other / "checkpoints" / "6")
+    fit(config(**values), workdir=other)
+    assert_same_run(other, workdir)
+    for name in ("params", "ema"):
+        a, b = (checkpoint_tree(folder, 6, name, lm) for folder in (workdir, other))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    again = fit(config(**values), workdir=other)
+    jax.tree.map(np.testing.assert_array_equal, again.params, saved)
+
+    again.save(tmp_path / "saved")  # a model alone has one tree, whatever the run it comes from kept
+    jax.tree.map(np.testing.assert_array_equal, llm_jax.load(tmp_path / "saved").params, saved)
+
+
+def checkpoint_tree(workdir, step, name, lm):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), lm.params)
+    with checkpoint.open_checkpoints(workdir / "checkpoints", create=False) as manager:
+        return checkpoint.restore(manager, step, {name: like})[name]
+
+
+def test_without_an_average_a_checkpoint_holds_parameters_and_optimizer_state_alone(unstopped):
+    names = {path.name for path in (unstopped / "checkpoints" / "6").iterdir() if path.is_dir()}
+    assert {name for name in names if not name.startswith("_")} - {"metrics"} == {"params", "opt_state"}
+
+
+def test_an_average_of_bfloat16_parameters_is_loaded_as_it_was_returned(config, tmp_path, one_device):
+    lm = fit(config(**{"model.param_dtype": "bfloat16", "optim.ema_decay": 0.8}), workdir=tmp_path / "run")
+    loaded = llm_jax.load(tmp_path / "run", step="last")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, lm.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jax.numpy.bfloat16.dtype}
+
+
 # -- The same run or another one
 
 
@@ -238,6 +297,8 @@ def test_a_finished_run_is_returned_untouched_with_every_key_that_may_differ(
     [
         ("model.n_head", "4", "2"),
         ("optim.peak_lr", "0.003", "0.1"),
+        ("optim.name", "'adamw'", "'muon'"),
+        ("optim.ema_decay", "0.0", "0.5"),
         ("train.batch_size", "8", "4"),
         ("train.seed", "0", "3"),
         ("train.eval_batches", "2", "1"),
@@ -406,6 +467,7 @@ def test_a_mistake_is_told_before_anything_is_written(config, tmp_path):
     assert "nothing.py" in error_of(fit, tmp_path / "nothing.py", workdir=workdir)
     assert "100001" in error_of(fit, config(**{"model.block_size": 100_000}), workdir=workdir)
     assert "sample.prompt ('')" in error_of(fit, config(**{"sample.prompt": ""}), workdir=workdir)
+    assert "optim.name ('addam')" in error_of(fit, config(**{"optim.name": "addam"}), workdir=workdir)
     assert "unknown config key" in error_of(fit, ConfigDict({"modell": {}}), workdir=workdir)
     assert not workdir.exists()
 

@@ -173,3 +173,59 @@ def test_eval_step_sums_nats_tokens_and_bytes_over_the_mask():
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     np.testing.assert_allclose(sums.nats, (nats * mask).sum(), rtol=1e-6)
     assert sums.tokens == 13 and sums.bytes == (batch.targets * mask).sum()
+
+
+# -- The average of the parameters
+
+
+def test_the_average_is_the_weighted_mean_of_the_parameters_after_each_update():
+    decay = 0.9
+    init, train_fn, _, put = programs(make(optim__ema_decay=decay))
+    state, seen = init(), []
+    for step in range(5):
+        state, _ = train_fn(state, put(some_batch(step)))
+        seen.append(jax.tree.map(np.array, state.params))
+        weights = decay ** np.arange(step, -1, -1.0)
+        expected = jax.tree.map(lambda *leaves: np.average(leaves, axis=0, weights=weights), *seen)  # noqa: B023
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.ema, expected)
+        if not step:
+            # Nothing of the initial parameters, and of no zeros: one rounding of a weight of 1.
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-7), state.ema, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.best_params, state.ema)
+
+
+def test_without_an_average_the_state_holds_nothing_more_and_training_is_the_same():
+    init, train_fn, _, put = programs(make())
+    averaged_init, averaged_fn, _, _ = programs(make(optim__ema_decay=0.99))
+    state, averaged = init(), averaged_init()
+    for step in range(3):
+        (state, metrics), (averaged, same) = (
+            function(s, put(some_batch(step))) for function, s in ((train_fn, state), (averaged_fn, averaged))
+        )
+        assert metrics == same
+    assert state.ema is None and state.best_params is state.params
+    jax.tree.map(np.testing.assert_array_equal, state.params, averaged.params)
+    extra = len(jax.tree.leaves(averaged)) - len(jax.tree.leaves(state))
+    assert extra == len(jax.tree.leaves(state.params))
+    assert averaged_fn._cache_size() == 1
+
+
+def test_the_average_of_bfloat16_parameters_moves_by_less_than_bfloat16_shows():
+    def stay(state, batch):
+        return state._replace(step=state.step + 1), {}
+
+    params = {"w": jnp.full(3, 1.5, jnp.bfloat16)}
+    state = train_step.init_state(params, optax.sgd(1.0), average=True)
+    state = state._replace(step=jnp.int32(10**6), ema={"w": jnp.ones(3)})
+    state, _ = train_step.with_average(stay, 0.9999)(state, some_batch())
+    np.testing.assert_allclose(state.ema["w"], 1 + 0.5e-4, rtol=1e-6)
+    assert state.ema["w"].dtype == jnp.float32 and state.best_params["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_with_bfloat16_compute_parameters_and_optimizer_state_stay_float32(name):
+    cfg = make(model__compute_dtype="bfloat16", optim__name=name, optim__ema_decay=0.9)
+    init, train_fn, _, put = programs(cfg)
+    state, _ = train_fn(init(), put(some_batch()))
+    floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert len(floats) > 3 * len(jax.tree.leaves(state.params)) and set(floats) == {jnp.dtype("float32")}
