@@ -216,7 +216,7 @@ def test_the_average_of_bfloat16_parameters_moves_by_less_than_bfloat16_shows():
 
     params = {"w": jnp.full(3, 1.5, jnp.bfloat16)}
     state = train_step.init_state(params, optax.sgd(1.0), average=True)
-    state = state._replace(step=jnp.int32(10**6), ema={"w": jnp.ones(3)})
+    state = state._replace(step=jnp.int32(10**6), ema=jax.tree.map(jnp.ones_like, state.ema))
     state, _ = train_step.with_average(stay, 0.9999)(state, some_batch())
     np.testing.assert_allclose(state.ema["w"], 1 + 0.5e-4, rtol=1e-6)
     assert state.ema["w"].dtype == jnp.float32 and state.best_params["w"].dtype == jnp.bfloat16
