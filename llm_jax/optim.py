@@ -60,10 +60,10 @@ def make_optimizer(cfg: OptimConfig, *, num_steps: int, axes: Any) -> optax.Grad
     weight_decay and the mask that it has; its other arguments keep optax's defaults.
 
     Args:
+        cfg: its name must be one that `check_name` lets through.
         axes: `model.param_axes`, the axis letters of every parameter.
 
     Raises:
-        InputError: optax has no such optimizer.
         ValueError: Muon, and a parameter whose letters do not say which matrices it holds.
     """
     schedule = make_schedule(cfg, num_steps=num_steps)
@@ -80,13 +80,14 @@ def check_name(name: str) -> None:
         return
     if not _takes_learning_rate(name):
         known = ["muon", *filter(_takes_learning_rate, dir(optax))]
-        near = difflib.get_close_matches(name, known, 3, 0.5) or ["adamw", "muon", "lion", "sgd"]
+        near = difflib.get_close_matches(name, known, 3, 0.5)
         what = "is in optax, but is no optimizer" if hasattr(optax, name) else "is no optimizer of optax"
-        raise InputError(f"optim.name ({name!r}) {what}; near it are {', '.join(near)}")
-    params = {"matrix": jnp.zeros((2, 2)), "norm": jnp.zeros(2)}
+        remedy = f"did you mean {', '.join(near)}?" if near else "take adamw, muon, lion, sgd or another"
+        raise InputError(f"optim.name ({name!r}) {what}; {remedy}")
     cfg = dataclasses.replace(OptimConfig(), name=name, final_lr=0.0)
 
     def update() -> Any:
+        params = {"matrix": jnp.zeros((2, 2)), "norm": jnp.zeros(2)}
         optimizer = make_optimizer(cfg, num_steps=1, axes={"matrix": "DF", "norm": "D"})
         return optimizer.update(params, optimizer.init(params), params)
 

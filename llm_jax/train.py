@@ -103,7 +103,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         first_step = int(state.step)
         if first_step >= num_steps and any("val_loss_full" in line for line in read_metrics(workdir)):
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
-            return _remember(LanguageModel(cfg, state.best_params, tokenizer))
+            return _remember(LanguageModel(cfg, state.eval_params, tokenizer))
         if first_step:
             say(f"continues after step {first_step}")
         try:
@@ -130,7 +130,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
                             report.progress(step, line)
                         val_loss = None
                         if due(cfg.train.eval_every) or due(cfg.train.save_every):
-                            val_loss, bits_per_byte = _evaluate(eval_fn, state.best_params, map(put, val_part))
+                            val_loss, bits_per_byte = _evaluate(eval_fn, state.eval_params, map(put, val_part))
                             _check_finite({"val_loss": val_loss}, step)
                             report.log(step, {"val_loss": val_loss, "bits_per_byte": bits_per_byte})
                             say(f"step {step}: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
@@ -141,17 +141,17 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
                             checkpoints.wait_until_finished()
                             raise Stopped(stopping, step, workdir)
                         if due(cfg.train.sample_every) and step < num_steps:
-                            _print_sample(LanguageModel(cfg, state.best_params, tokenizer))
+                            _print_sample(LanguageModel(cfg, state.eval_params, tokenizer))
                         if step == first_step + 1 or val_loss is not None or due(cfg.train.sample_every):
                             clock.restart(step)  # compiling, evaluating and sampling are not training speed
                 if stop.signum:  # it came while the last step was evaluated and saved
                     raise Stopped(stop.signum, num_steps, workdir)
 
-                val_loss, bits_per_byte = _evaluate(eval_fn, state.best_params, map(put, val_whole))
+                val_loss, bits_per_byte = _evaluate(eval_fn, state.eval_params, map(put, val_whole))
                 last_step = max(first_step, num_steps)  # a run may be told to end before the step it has reached
                 report.log(last_step, {"val_loss_full": val_loss, "bits_per_byte_full": bits_per_byte})
                 say(f"whole validation split: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
-                language_model = LanguageModel(cfg, state.best_params, tokenizer)
+                language_model = LanguageModel(cfg, state.eval_params, tokenizer)
                 _print_sample(language_model)
         except BaseException:
             # A notebook keeps an error's traceback, and with it this frame: its buffers would outlive it.

@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
     ema: Any = None  # running average of the parameters, float32; None: off
 
     @property
-    def best_params(self) -> Any:
+    def eval_params(self) -> Any:
         """What evaluation, samples and the finished model take: the average where there is one."""
         if self.ema is None:
             return self.params

@@ -191,7 +191,7 @@ def test_the_average_is_the_weighted_mean_of_the_parameters_after_each_update():
         if not step:
             # Nothing of the initial parameters, and of no zeros: one rounding of a weight of 1.
             jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-7), state.ema, state.params)
-    jax.tree.map(np.testing.assert_array_equal, state.best_params, state.ema)
+    jax.tree.map(np.testing.assert_array_equal, state.eval_params, state.ema)
 
 
 def test_without_an_average_the_state_holds_nothing_more_and_training_is_the_same():
@@ -203,7 +203,7 @@ def test_without_an_average_the_state_holds_nothing_more_and_training_is_the_sam
             function(s, put(some_batch(step))) for function, s in ((train_fn, state), (averaged_fn, averaged))
         )
         assert metrics == same
-    assert state.ema is None and state.best_params is state.params
+    assert state.ema is None and state.eval_params is state.params
     jax.tree.map(np.testing.assert_array_equal, state.params, averaged.params)
     extra = len(jax.tree.leaves(averaged)) - len(jax.tree.leaves(state))
     assert extra == len(jax.tree.leaves(state.params))
@@ -219,7 +219,7 @@ def test_the_average_of_bfloat16_parameters_moves_by_less_than_bfloat16_shows():
     state = state._replace(step=jnp.int32(10**6), ema=jax.tree.map(jnp.ones_like, state.ema))
     state, _ = train_step.with_average(stay, 0.9999)(state, some_batch())
     np.testing.assert_allclose(state.ema["w"], 1 + 0.5e-4, rtol=1e-6)
-    assert state.ema["w"].dtype == jnp.float32 and state.best_params["w"].dtype == jnp.bfloat16
+    assert state.ema["w"].dtype == jnp.float32 and state.eval_params["w"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

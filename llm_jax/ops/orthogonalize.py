@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 
 # (a, b, c) of each odd polynomial p(x) = a x + b x^3 + c x^5, applied in turn to every singular value. Each is
 # the best for the interval that the one before leaves, the first for [0.01, 1]: its largest |p(x) - 1| is the
-# least possible (Amsel et al. 2025, "The Polar Express", arXiv 2505.16932, theorem 3.1; there from 0.001).
+# least possible (Amsel et al. 2025, "The Polar Express", arXiv 2505.16932; there from 0.001). In a training of
+# shakespeare_char_cpu 2 % of the momentum's singular values per head and 4 to 17 % of an MLP matrix are below
+# 0.01, and a fourth polynomial, from 0.003, gave the same loss.
 COEFFICIENTS = (
     (8.09336851, -23.6204303, 17.4461517),
     (3.63658555, -2.72192675, 0.536546288),
