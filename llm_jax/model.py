@@ -223,6 +223,8 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only transformer: `apply({"params": params}, tokens) -> (float32 logits, None)`.
 
+    `apply(..., method="hidden")` stops before the logits, for a loss that never holds all of them.
+
     With `use_rope`, a text longer than `block_size` is attended with a window of `block_size`; learned
     positions have no row for it, and it is a ValueError.
 
@@ -235,7 +237,6 @@ class Transformer(nn.Module):
 
     cfg: ModelConfig
 
-    @nn.compact
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -244,6 +245,22 @@ class Transformer(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T V"], Cache | None]:
+        hidden, output, cache = self.hidden(tokens, positions, cache, deterministic=deterministic)
+        logits = ops.einsum_f32("btd,vd->btv", hidden, output)
+        if self.cfg.final_softcap is not None:
+            logits = self.cfg.final_softcap * jnp.tanh(logits / self.cfg.final_softcap)
+        return logits, cache
+
+    @nn.compact
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], Cache | None]:
+        """(x after the final norm, the matrix W of logits = final_softcap(x W^T), cache)."""
         cfg = self.cfg
         if positions is None:
             if not cfg.use_rope and tokens.shape[1] > cfg.block_size:
@@ -260,11 +277,7 @@ class Transformer(nn.Module):
         dropout_key = None if deterministic or not cfg.dropout else self.make_rng("dropout")
         x, cache = _run_blocks(cfg, blocks, x, positions, cache, dropout_key)
         x = norm(cfg, "final_norm")(x)
-        output = embed.tokens if cfg.tie_embeddings else Head(cfg, name="lm_head")()
-        logits = ops.einsum_f32("btd,vd->btv", x, output)
-        if cfg.final_softcap is not None:
-            logits = cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
-        return logits, cache
+        return x, embed.tokens if cfg.tie_embeddings else Head(cfg, name="lm_head")(), cache
 
 
 def for_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import checkpoint, data, model, optim, pretrained, sharding, train_step
-from llm_jax.config import Config, as_dict, freeze, load_file
+from llm_jax import checkpoint, data, model, ops, optim, pretrained, sharding, train_step
+from llm_jax.config import Config, ModelConfig, as_dict, freeze, load_file
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
@@ -192,12 +192,34 @@ def _check_same_run(
         raise InputError(f"{workdir} holds a run with another config: {differences}; choose another workdir")
 
 
+# Logits that the loss takes at a time, on each device. Every chunk adds to the whole gradient of the output matrix,
+# which on an accelerator costs the time of some 400 rows' products (about 300 flops for a byte moved), and on
+# several CPUs is sent each time: chunks of 1000 rows and more hide it. By arithmetic, not measured.
+CHUNK_ELEMENTS = 2**27
+
+
+def _loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn:
+    """Next-token cross entropy of the network as it is best executed on the mesh."""
+    network = model.Transformer(model.for_mesh(cfg, mesh))
+    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    chunk_elements = None if one_cpu else mesh.size * CHUNK_ELEMENTS
+
+    def loss_fn(params: model.Params, batch: data.Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
+        hidden, output, _ = network.apply({"params": params}, batch.tokens, method="hidden", **dropout)
+        return ops.linear_cross_entropy(
+            hidden, output, batch.targets, batch.mask, softcap=cfg.final_softcap, chunk_elements=chunk_elements
+        )
+
+    return loss_fn
+
+
 def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> tuple[Callable[..., Any], ...]:
     """(init, train_step, eval_step), compiled for the mesh: the state on every device, the batch split."""
     axes = model.param_axes(cfg.model)
     optimizer = optim.make_optimizer(cfg.optim, num_steps=cfg.train.num_steps, axes=axes)
     schedule = optim.make_schedule(cfg.optim, num_steps=cfg.train.num_steps)
-    network = model.Transformer(model.for_mesh(cfg.model, mesh))
+    loss_fn = _loss_fn(cfg.model, mesh)
     init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
 
     def init() -> train_step.TrainState:
@@ -205,14 +227,8 @@ def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> 
             model.init_params(cfg.model, init_key), optimizer, average=cfg.optim.ema_decay > 0
         )
 
-    def apply_train(params: model.Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
-        return network.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": key})[0]
-
-    def apply_eval(params: model.Params, tokens: jax.Array) -> jax.Array:
-        return network.apply({"params": params}, tokens)[0]
-
     train_fn = train_step.make_train_step(
-        apply_train, optimizer, schedule, accumulation_steps=cfg.train.accumulation_steps, run_key=run_key
+        loss_fn, optimizer, schedule, accumulation_steps=cfg.train.accumulation_steps, run_key=run_key
     )
     if cfg.optim.ema_decay:
         train_fn = train_step.with_average(train_fn, cfg.optim.ema_decay)
@@ -222,7 +238,7 @@ def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> 
     return (
         jax.jit(init, out_shardings=everywhere),
         jax.jit(train_fn, donate_argnums=0, out_shardings=everywhere),
-        jax.jit(train_step.make_eval_step(apply_eval, padded_bytes), out_shardings=everywhere),
+        jax.jit(train_step.make_eval_step(loss_fn, padded_bytes), out_shardings=everywhere),
     )
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from llm_jax import ops
 from llm_jax.data import Batch
 
-# (params, tokens[B,T], dropout key) -> float32 logits [B,T,V]
-TrainApply = Callable[[Any, Array, Array], Array]
+# (params, batch, dropout key; None: no dropout) -> (sum of the loss over the batch's mask, sum of the mask)
+LossFn = Callable[[Any, Batch, Array | None], tuple[Float[Array, ""], Float[Array, ""]]]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -38,23 +37,19 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, *, average:
 
 
 def make_train_step(
-    apply_fn: TrainApply,
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
     accumulation_steps: int,
     run_key: Array,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics): mean cross entropy over the batch's mask, one update.
+    """(state, batch) -> (state, metrics): one update by the gradient of sum / count of `loss_fn`.
 
     With accumulation_steps = A the batch is taken in A micro-batches, one after the other; sums of nats and
     of gradients are divided once, by the whole batch's count, so that uneven masks weigh as in one batch.
     Metrics, before the update: loss (nats per token), grad_norm (before clipping), learning_rate.
     """
-
-    def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, Array]:
-        return ops.cross_entropy(apply_fn(params, batch.tokens, key), batch.targets, batch.mask)
-
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -114,13 +109,11 @@ class EvalSums(NamedTuple):
     bytes: Float[Array, ""]
 
 
-def make_eval_step(
-    apply_fn: Callable[[Any, Array], Array], token_bytes: Int[np.ndarray, "V"]
-) -> Callable[[Any, Batch], EvalSums]:
+def make_eval_step(loss_fn: LossFn, token_bytes: Int[np.ndarray, "V"]) -> Callable[[Any, Batch], EvalSums]:
     """(params, batch) -> EvalSums. `token_bytes`: UTF-8 bytes that each token stands for, 0 for special ones."""
 
     def eval_step(params: Any, batch: Batch) -> EvalSums:
-        nats, tokens = ops.cross_entropy(apply_fn(params, batch.tokens), batch.targets, batch.mask)
+        nats, tokens = loss_fn(params, batch, None)
         return EvalSums(nats, tokens, jnp.sum(jnp.asarray(token_bytes)[batch.targets] * batch.mask))
 
     return eval_step

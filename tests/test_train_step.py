@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import model, train, train_step
+from llm_jax import model, ops, train, train_step
 from llm_jax.config import freeze
 from llm_jax.data import Batch
 from llm_jax.sharding import make_mesh, split_batch
@@ -46,11 +46,10 @@ def uneven_mask():
     return mask
 
 
-def one_update(cfg, batch, optimizer, *, accumulation_steps=1, apply_fn=None, step=0):
-    network = model.Transformer(cfg.model)
+def one_update(cfg, batch, optimizer, *, accumulation_steps=1, loss_fn=None, step=0):
     params = jax.jit(model.init_params, static_argnums=0)(cfg.model, jax.random.key(0))
     make_step = train_step.make_train_step(
-        apply_fn or (lambda params, tokens, key: network.apply({"params": params}, tokens)[0]),
+        loss_fn or train._loss_fn(cfg.model, make_mesh(cfg.mesh, jax.devices()[:1])),
         optimizer,
         lambda count: jnp.float32(0.5),
         accumulation_steps=accumulation_steps,
@@ -95,6 +94,28 @@ def test_metrics_and_update_are_those_of_the_mean_loss_over_the_mask():
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), after.params, expected)
 
 
+@pytest.mark.parametrize("values", [dict(model__final_softcap=0.5), dict(model__tie_embeddings=False)], ids=str)
+def test_the_loss_is_taken_without_all_the_logits(values, monkeypatch):
+    """With fewer elements in a chunk than a batch has logits, to the same numbers."""
+    cfg, batch = make(**values), some_batch(mask=uneven_mask())
+    params = jax.jit(model.init_params, static_argnums=0)(cfg.model, jax.random.key(0))
+
+    def by_logits(params, batch, key):
+        logits = model.Transformer(cfg.model).apply({"params": params}, batch.tokens)[0]
+        return ops.cross_entropy(logits, batch.targets, batch.mask)
+
+    def all_of(loss_fn):
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        traced = str(jax.make_jaxpr(gradient)(params, batch, None)), str(jax.make_jaxpr(loss_fn)(params, batch, None))
+        return ["f32[8,8,19]" in text for text in traced], jax.jit(gradient)(params, batch, None)
+
+    monkeypatch.setattr(train, "CHUNK_ELEMENTS", 3 * 19)
+    held, actual = all_of(train._loss_fn(cfg.model, make_mesh(cfg.mesh, jax.devices())))  # 8: one for each text
+    plainly_held, expected = all_of(by_logits)
+    assert held == [False, False] and plainly_held == [True, True]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
+
+
 def test_a_batch_with_nothing_to_predict_changes_nothing():
     before, after, metrics = one_update(make(), some_batch(mask=np.zeros((8, 8), np.float32)), optax.sgd(1.0))
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
@@ -104,18 +125,22 @@ def test_a_batch_with_nothing_to_predict_changes_nothing():
 def test_the_dropout_key_depends_on_the_step_and_on_the_micro_batch():
     """A stand-in network whose logits for the right answer are a random number: the loss shows the key."""
 
-    def apply_fn(params, tokens, key):
-        return jax.random.normal(key, (*tokens.shape, 19)) + params["final_norm"]["weight"].sum() * 0
+    def draw(rows, key):
+        return jax.random.normal(key, (*rows.shape, 19))
+
+    def loss_fn(params, batch, key):
+        logits = draw(batch.tokens, key) + params["final_norm"]["weight"].sum() * 0
+        return ops.cross_entropy(logits, batch.targets, batch.mask)
 
     rows = np.tile(some_batch().tokens[:1], (8, 1))
     batch = Batch(rows, rows, np.ones((8, 8), np.float32))
 
     def loss(**kwargs):
-        return float(one_update(make(), batch, optax.sgd(0.0), apply_fn=apply_fn, **kwargs)[2]["loss"])
+        return float(one_update(make(), batch, optax.sgd(0.0), loss_fn=loss_fn, **kwargs)[2]["loss"])
 
     assert loss() == loss() and loss() != loss(step=1)
     key = jax.random.fold_in(jax.random.key(1), 0)
-    logits = [apply_fn({"final_norm": {"weight": jnp.ones(1)}}, rows[:4], jax.random.fold_in(key, i)) for i in (0, 1)]
+    logits = [draw(rows[:4], jax.random.fold_in(key, i)) for i in (0, 1)]
     nats = optax.softmax_cross_entropy_with_integer_labels(jnp.concatenate(logits), rows)
     np.testing.assert_allclose(loss(accumulation_steps=2), nats.mean(), rtol=1e-6)
 
@@ -169,7 +194,12 @@ def test_the_seed_decides_the_initial_parameters():
 def test_eval_step_sums_nats_tokens_and_bytes_over_the_mask():
     mask, logits = uneven_mask(), jax.random.normal(jax.random.key(0), (8, 8, 19))
     batch, token_bytes = some_batch(mask=mask), np.arange(19, dtype=np.int32)
-    sums = jax.jit(train_step.make_eval_step(lambda params, tokens: logits, token_bytes))({}, batch)
+
+    def loss_fn(params, batch, key):
+        assert key is None  # no dropout
+        return ops.cross_entropy(logits, batch.targets, batch.mask)
+
+    sums = jax.jit(train_step.make_eval_step(loss_fn, token_bytes))({}, batch)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     np.testing.assert_allclose(sums.nats, (nats * mask).sum(), rtol=1e-6)
     assert sums.tokens == 13 and sums.bytes == (batch.targets * mask).sum()

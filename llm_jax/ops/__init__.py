@@ -16,7 +16,7 @@ are `sys.modules["llm_jax.ops.rope"]`.
 
 from llm_jax.ops.attention import MASK_VALUE, attention, einsum_f32, masked_attention
 from llm_jax.ops.kv_cache import LayerCache, init_layer_cache, update_layer_cache
-from llm_jax.ops.losses import cross_entropy
+from llm_jax.ops.losses import cross_entropy, linear_cross_entropy
 from llm_jax.ops.norms import layer_norm, rms_norm
 from llm_jax.ops.orthogonalize import orthogonalize
 from llm_jax.ops.rope import RopeScaling, apply_rope, precompute_freqs_cis, rope, rope_frequencies
@@ -33,6 +33,7 @@ __all__ = [
     "einsum_f32",
     "init_layer_cache",
     "layer_norm",
+    "linear_cross_entropy",
     "masked_attention",
     "min_p_mask",
     "orthogonalize",
