@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import os
 import re
 import signal
@@ -16,8 +17,8 @@ from llm_jax.errors import InputError
 CONFIG_CHANGES = "config."  # the flag that collects every --config.group.key=value, as "group.key=value"
 
 
-def run(main: Callable[[], Any]) -> NoReturn:
-    """Parses the flags, runs a command and exits.
+def run(main: Callable[..., Any], *, subcommands: Sequence[str] = ()) -> NoReturn:
+    """Parses the flags, runs a command and exits. Where it has subcommands, `main` is given the one that was named.
 
     0: done. 2: a person's mistake, told in one line on standard error. 130 or 143: ended by SIGINT or
     SIGTERM, 141: by a closed pipe. Anything else that goes wrong is our bug, and keeps its traceback.
@@ -29,7 +30,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding has not
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         try:
-            main()
+            main(*argv[1:])
         except InputError as error:
             _mistake(error)
         except BrokenPipeError:  # who read our output has had enough: `... | head`
@@ -39,7 +40,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
             print(f"\n{stop or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
 
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, flags_parser=functools.partial(parse, subcommands=subcommands))
 
 
 @contextlib.contextmanager
@@ -55,13 +56,16 @@ def importing() -> Iterator[None]:
         signal.signal(signum, handler)
 
 
-def parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str], *, subcommands: Sequence[str] = ()) -> list[str]:
     """absl's parsing, where every mistake is one line and --config.group.key=value needs no flag of its own."""
     try:
         arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
         rest = flags.FLAGS([argv[0], *map(_config_change, arguments)])
-        if len(rest) > 1:
-            raise InputError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+        if subcommands and (len(rest) == 1 or rest[1] not in subcommands):
+            given = f"unknown command {rest[1]!r}" if len(rest) > 1 else "no command given"
+            raise InputError(f"{given}; it is one of {', '.join(subcommands)}")
+        if unexpected := rest[1 + bool(subcommands) :]:
+            raise InputError(f"unexpected argument {unexpected[0]!r}; flags are written --name=value")
         return rest
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)

@@ -402,3 +402,19 @@ def count_params(cfg: ModelConfig) -> tuple[int, int]:
     embeddings = [shapes["embed"], shapes.get("lm_head", {})]
     total, outside = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, embeddings))
     return total, total - outside
+
+
+def train_flops_per_token(cfg: ModelConfig) -> float:
+    """Floating-point operations of the model for each token of a training step, forward and backward.
+
+    6 for each weight that is in a product: every matrix of the blocks and the output projection, not the
+    embeddings' look-up. And 12 N H S a layer for attention, S the keys that a query sees, on average over a
+    causal text of block_size = T tokens: half of T, or W - W^2 / (2 T) with a window of W. Nothing that is
+    computed a second time for `remat` counts (Chowdhery et al. 2022, "PaLM", appendix B, with causality).
+    """
+    axes, shapes = (jax.tree.leaves(tree["blocks"]) for tree in (param_axes(cfg), param_shapes(cfg)))
+    # Of the letters in a block, D and another one make a matrix; "LD" is a norm or a bias.
+    in_blocks = sum(shape.size for letters, shape in zip(axes, shapes, strict=True) if {"L", "D"} < set(letters))
+    periods = cfg.n_layer / len(cfg.layer_types)
+    keys_seen = periods * sum(window - window**2 / (2 * cfg.block_size) for window in layer_windows(cfg))
+    return 6 * (in_blocks + cfg.vocab_size * cfg.n_embd) + 12 * cfg.n_head * cfg.head_dim * keys_seen

@@ -94,7 +94,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     say(f"{len(corpus.train):,} training tokens, {len(corpus.val):,} validation tokens")
 
     num_steps = cfg.train.num_steps
-    init, train_fn, eval_fn = _programs(cfg, mesh, token_bytes)
+    init, train_fn, eval_fn = make_programs(cfg, mesh, token_bytes)
     tokens_per_step = batch_size * block_size
     put = functools.partial(jax.device_put, device=sharding.split_batch(mesh))
     language_model = None
@@ -214,7 +214,7 @@ def _loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn:
     return loss_fn
 
 
-def _programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> tuple[Callable[..., Any], ...]:
+def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> tuple[Callable[..., Any], ...]:
     """(init, train_step, eval_step), compiled for the mesh: the state on every device, the batch split."""
     axes = model.param_axes(cfg.model)
     optimizer = optim.make_optimizer(cfg.optim, num_steps=cfg.train.num_steps, axes=axes)

@@ -519,3 +519,46 @@ def test_dropout_keeps_half_of_embeddings_and_of_each_branch_and_doubles_it(key)
     # Four independent branches of 0 or 2: mean 4, variance 4; 4096 values, so that these are sure to 0.03 and 0.08.
     assert {*np.unique(values.round(2))} == {0.0, 2.0, 4.0, 6.0, 8.0}
     assert abs(values.mean() - 4) < 0.15 and abs(values.var() - 4) < 0.4
+
+
+# -- Arithmetic
+
+
+def product_flops(jaxpr):
+    """Floating-point operations of every matrix product in a jaxpr, those of a scan's body once per turn."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
+        turns = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        inner = [leaf for leaf in jax.tree.leaves(list(eqn.params.values())) if hasattr(leaf, "jaxpr")]
+        total += turns * sum(product_flops(body.jaxpr) for body in inner)
+    return total
+
+
+@pytest.mark.parametrize("values", [GPT2 | dict(mlp="gelu"), EVERYTHING], ids=ids)
+def test_flops_are_those_of_the_products_with_attention_at_half(values):
+    """Plain attention computes all T x T scores; what a causal kernel needs is half of them."""
+    cfg = make(attention="plain", **values)
+    tokens = some_tokens(cfg)
+
+    def loss(params):
+        logits, _ = model.Transformer(cfg).apply({"params": params}, tokens)
+        return ops.cross_entropy(logits, tokens)[0]
+
+    traced = jax.make_jaxpr(jax.value_and_grad(loss))(model.param_shapes(cfg))
+    attention = 12 * cfg.n_layer * cfg.n_head * cfg.head_dim * tokens.shape[1]
+    assert tokens.shape[1] == cfg.block_size
+    assert product_flops(traced.jaxpr) / tokens.size == model.train_flops_per_token(cfg) + attention / 2
+
+
+def test_flops_of_a_window():
+    full, sliding = (
+        make(block_size=100, **values) for values in (dict(), dict(layer_types=("full", "sliding"), window=10))
+    )
+    spared = model.train_flops_per_token(full) - model.train_flops_per_token(sliding)
+    keys_seen = (np.mean(np.minimum(np.arange(1, 101), window)) for window in (100, 10))
+    one_key = 12 * full.n_head * full.head_dim
+    assert spared / one_key == pytest.approx(next(keys_seen) - next(keys_seen), abs=0.5)

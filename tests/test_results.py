@@ -9,6 +9,7 @@ Quality is asserted; time is printed alone, since a shared machine's says little
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -104,3 +105,65 @@ def test_shakespeare(clean_env, tmp_path):
         runs,
     )
     assert mean <= 1.73
+
+
+def bench(env, *arguments) -> dict:
+    pytest.importorskip("torch", reason="torch not installed")
+    pytest.importorskip("transformers", reason="transformers not installed")
+    return json.loads(run(env, "-m", "llm_jax.bench", *arguments)[0])
+
+
+def median(values) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def test_bench_train(clean_env):
+    """The shape of configs/small.py with GPT-2's block and batch 16, with few and with many tokens to choose from."""
+    gpt2 = "use_rope=False use_rmsnorm=False use_bias=True mlp=gelu".split()
+    changes = [f"--config.model.{change}" for change in gpt2]
+    changes += ["--config.train.batch_size=16", "--config.optim.name=adamw"]
+    figures, repetitions = [], []
+    for vocab_size in (1024, 8192):
+        vocabulary = f"--config.model.vocab_size={vocab_size}"
+        result = bench(clean_env, "train", "--config=configs/small.py", *changes, vocabulary)
+        contenders = result["contenders"]
+        assert len({of["parameters"] for of in contenders.values()}) == 1
+        assert all(abs(of["first_loss"] - math.log(vocab_size)) < 0.2 for of in contenders.values())
+        assert all(0 < of["mfu"] < 1.1 for of in contenders.values())
+        peers = [
+            f"{median(of['speedup_of_llm_jax']):.2f} x {name}" for name, of in contenders.items() if name != "llm_jax"
+        ]
+        ours = contenders["llm_jax"]
+        figures.append(
+            f"vocabulary {vocab_size:,}: {ours['tokens_per_second']:,.0f} tokens/s, MFU {ours['mfu']:.0%}, "
+            + ", ".join(peers)
+        )
+        keys = ("threads", "load_average", "versions", "peak_flops", "contenders", "left_out")
+        repetitions.append({"vocab_size": vocab_size} | {key: result[key] for key in keys})
+    report(
+        "bench_train",
+        "Training, GPT-2 block of 6 layers, 8 heads, 128 wide, context 256, batch 16, f32, beside PyTorch",
+        "; ".join(figures),
+        "bench_train",
+        repetitions,
+    )
+
+
+def test_bench_attention(clean_env):
+    result = bench(clean_env, "attention")
+    figures, temporary = [], {}
+    for each in result["shapes"]:
+        of = each["contenders"]["auto"]
+        shape = "B{B} T{T} N{N} H{H}".format(**each["shape"])
+        figures.append(f"{median(of['times_of_sdpa']):.2f} x at {shape}")
+        temporary[shape] = of["temporary_bytes"]
+    few, many = temporary["B16 T256 N8 H16"], temporary["B1 T4096 N8 H16"]  # 4096 tokens each
+    report(
+        "bench_attention",
+        "Attention alone, f32, forward and backward: its time as a multiple of torch SDPA's",
+        f"{', '.join(figures)}; temporary memory of 4,096 tokens {few / 2**20:.0f} MiB as texts of 256, "
+        f"{many / 2**20:.0f} MiB as one",
+        "bench_attention",
+        [result],
+    )
+    assert many < 1.5 * few

@@ -1,0 +1,146 @@
+"""Measures what runs on this machine; standard output is one JSON line, everything else goes to standard error.
+
+python -m llm_jax.bench train --config=configs/small.py [--config.group.key=value ...] [--target_loss=1.9]
+python -m llm_jax.bench attention [--shapes=B16T256N8H16,B4T1024N8H16] [--dtype=bfloat16]
+
+Each contender is a process of its own. They take turns: a round times --steps steps of each (by default as many as
+take about 2.5 seconds) after one untimed, the next round goes backwards. The JSON has the seconds a step of every
+round; the table shows medians, and the median of the rounds' own ratios.
+
+train: the very step that llm_jax.main runs for this config, on random tokens: no corpus is read, the vocabulary is
+model.vocab_size, else the tokenizer's data.vocab_size. Beside it transformers' GPT-2 (LayerNorm), Llama (RMSNorm) or
+Qwen3 (qk_norm) with SDPA: same shape, parameters, dtype, threads, batches, clipping and weight decay, fused AdamW,
+eager and with torch.compile (default mode). Its loss predicts T - 1 of T tokens; tokens are counted as T for both.
+  MFU         tokens/s x flops a token / --peak_flops, where
+              flops a token = 6 x weights in products + 12 x N x H x T/2 x layers:
+              all matrices and the output projection, not the embeddings' look-up; attention of N heads of size H over
+              T tokens counted at half, being causal (a window W < T sees W - W^2/2T of them); nothing for remat.
+  peak MiB    on a CPU: the process's highest resident memory during steps, above what it had after its imports
+              (Linux); on an accelerator: the allocator's peak.
+  compile s   first step less a usual step, with no cache of compiled code.
+With --target_loss, the command of llm_jax.main runs first on the config's own data, evaluated over the whole
+validation split every train.eval_every steps, until the loss is reached: wall seconds from the start of the process,
+with compiling, evaluating and saving.
+
+attention: causal attention forward and backward, each implementation of llm_jax.ops.attention beside torch's
+scaled_dot_product_attention. Temporary MiB is XLA's own plan of the program's memory beside arguments and results.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from llm_jax import flags
+from llm_jax.config import DTYPES, load_file, override
+from llm_jax.errors import InputError
+from llm_jax.report import say
+
+COMMANDS = ("train", "attention")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+_CONFIG = absl_flags.DEFINE_string("config", None, "train: config file, such as configs/small.py.")
+_CHANGES = absl_flags.DEFINE_multi_string(
+    flags.CONFIG_CHANGES,
+    [],
+    "train: --config.group.key=value changes a key of the config; llm_jax/config.py lists them all.",
+)
+_PEAK_FLOPS = absl_flags.DEFINE_float(
+    "peak_flops",
+    None,
+    "train: floating-point operations a second of all devices, for MFU. Default: what a large product in the compute "
+    "dtype reaches here.",
+    lower_bound=1,
+)
+_TARGET_LOSS = absl_flags.DEFINE_float("target_loss", None, "train: also the wall time to this validation loss.")
+_SHAPES = absl_flags.DEFINE_list(
+    "shapes",
+    ["B16T256N8H16", "B4T1024N8H16", "B1T4096N8H16", "B4T1024N4H64"],
+    "attention: batch, length, heads and size of a head.",
+)
+_DTYPE = absl_flags.DEFINE_enum("dtype", "float32", DTYPES, "attention: of queries, keys and values.")
+_PEERS = absl_flags.DEFINE_enum(
+    "peers", "all", ["none", "eager", "compiled", "all"], "Which of PyTorch's forms; attention has one, eager."
+)
+_ROUNDS = absl_flags.DEFINE_integer("rounds", 5, "How often each is timed.", lower_bound=1)
+_STEPS = absl_flags.DEFINE_integer(
+    "steps", None, "Steps, or calls of attention, timed at once. Default: about 2.5 seconds' worth.", lower_bound=1
+)
+
+# Flags that only one command reads: given to another, they would do nothing.
+OWNERS = {
+    "config": "train",
+    flags.CONFIG_CHANGES: "train",
+    "peak_flops": "train",
+    "target_loss": "train",
+    "shapes": "attention",
+    "dtype": "attention",
+}
+
+
+def main(command: str) -> None:
+    for name, owner in OWNERS.items():
+        if absl_flags.FLAGS[name].present and owner != command:
+            raise InputError(f"--{name} belongs to bench {owner}, and does nothing for bench {command}")
+    load = _load_average()
+    if load is not None and load > 0.25 * os.cpu_count():
+        say(f"load average {load:.1f}: others use this machine, and figures taken beside them say little")
+    result = {"train": _train, "attention": _attention}[command]()
+    print(json.dumps(result | {"hardware": _hardware(), "load_average": load, "versions": _versions()}))
+
+
+def _train() -> dict[str, Any]:
+    if not _CONFIG.value:
+        raise InputError("no --config given; for example --config=configs/small.py")
+    config = load_file(_CONFIG.value)
+    override(config, _CHANGES.value)
+    with flags.importing():
+        from llm_jax.bench import training
+
+    peers = {"none": (), "all": ("eager", "compiled")}.get(_PEERS.value, (_PEERS.value,))
+    to_loss = {}
+    if _TARGET_LOSS.value is not None:
+        to_loss["to_loss"] = training.seconds_to_loss(_CONFIG.value, _CHANGES.value, _TARGET_LOSS.value)
+    timing = dict(rounds=_ROUNDS.value, steps=_STEPS.value)
+    return training.measure(config, peers=peers, peak_flops=_PEAK_FLOPS.value, **timing) | to_loss
+
+
+def _attention() -> dict[str, Any]:
+    if _PEERS.value == "compiled":
+        raise InputError("--peers (compiled) has nothing to compile in bench attention; give eager or none")
+    with flags.importing():
+        from llm_jax.bench import attention
+
+    shapes = [attention.parse_shape(text) for text in _SHAPES.value or [""]]
+    timing = dict(rounds=_ROUNDS.value, steps=_STEPS.value)
+    return attention.measure(shapes, dtype=_DTYPE.value, peers=_PEERS.value != "none", **timing)
+
+
+def _hardware() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{os.cpu_count()} cores, {processor[1] if processor else platform.processor()}"
+
+
+def _load_average() -> float | None:
+    """Processes that ran or waited in the last minute, before this command's own."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+if __name__ == "__main__":
+    flags.run(main, subcommands=COMMANDS)
