@@ -34,7 +34,7 @@ def bench(commands, tmp_path):
     """`bench("train", "--rounds=2")`: the JSON object on standard output, the text on standard error."""
 
     def run(*arguments, **env):
-        result = commands.run("bench", *arguments, cwd=tmp_path, env=env)
+        result = commands.start("bench", *arguments, cwd=tmp_path, env=env).wait(timeout=400)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("\n") == 1  # whatever the libraries in the workers print
         return json.loads(result.stdout), result.stderr
@@ -113,7 +113,8 @@ def test_without_torch(run_python, tmp_path, arguments, files, reason):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     paths = f"{tmp_path}{os.pathsep}{REPOSITORY}"
-    done = run_python("-m", "llm_jax.bench", *arguments, *QUICK, PYTHONPATH=paths, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    environment = dict(PYTHONPATH=paths, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    done = run_python("-m", "llm_jax.bench", *arguments, *QUICK, timeout=400, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(reason) == 1 and "Traceback" not in done.stderr
     result = json.loads(done.stdout)
