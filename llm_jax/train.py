@@ -179,7 +179,8 @@ def _check_same_run(
         {f"{group}.{name}": value for group, values in as_dict(c).items() for name, value in values.items()}
         for c in (recorded, cfg)
     )
-    changed = [key for key in new if old[key] != new[key] and key not in MAY_DIFFER]
+    may_differ = MAY_DIFFER - ({"train.accumulation_steps"} if cfg.model.dropout else set())  # a mask a micro-batch
+    changed = [key for key in new if old[key] != new[key] and key not in may_differ]
     if tokenizer.fingerprint() != recorded_tokenizer.fingerprint():
         if cfg.data.tokenizer == recorded.data.tokenizer:
             raise InputError(

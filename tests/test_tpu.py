@@ -36,7 +36,7 @@ def cfg():
 
 @pytest.fixture(scope="module")
 def programs(cfg, mesh):
-    return train._programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+    return train.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
 
 
 def on(placement, tree):
@@ -85,7 +85,7 @@ def test_initialisation(programs):
 def test_sampler(cfg, mesh, programs, slide):
     if slide:  # what learned positions need past the context
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, use_rope=False))
-    init = train._programs(cfg, mesh, np.ones(1, np.int32))[0] if slide else programs[0]
+    init = train.make_programs(cfg, mesh, np.ones(1, np.int32))[0] if slide else programs[0]
     rows = jax.ShapeDtypeStruct((2,), np.int32), jax.ShapeDtypeStruct((2,), np.float32)
     arguments = (
         jax.eval_shape(init).params,

@@ -313,6 +313,14 @@ def test_another_config_is_an_error_with_both_values(key, there, here, config, u
     assert (unstopped / "config.json").read_bytes() == before
 
 
+def test_micro_batches_of_a_run_with_dropout_stay(config, tmp_path, one_device):
+    """Each has a mask of its own: other micro-batches, other numbers."""
+    given = {"model.dropout": 0.1, "train.num_steps": 1}
+    fit(config(**given), workdir=tmp_path)
+    message = error_of(fit, config(**given, **{"train.accumulation_steps": 2}), workdir=tmp_path)
+    assert "train.accumulation_steps 1 there and 2 here" in message
+
+
 def test_the_same_path_with_another_tokenizer_is_an_error(config, tmp_path, one_device):
     path, workdir = tmp_path / "t" / "tokenizer.json", tmp_path / "run"
     train_bpe(["the cat " * 50], 260).save(path.parent)
@@ -335,13 +343,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_costs_no_checkpoint(config, t
 
 def test_evaluation_takes_no_more_memory_than_a_micro_batch(config, tmp_path, one_device, monkeypatch):
     """With accumulation; its lines are those of whole batches."""
-    shapes, made = set(), train._programs
+    shapes, made = set(), train.make_programs
 
     def programs(*args):
         init, train_fn, eval_fn = made(*args)
         return init, train_fn, lambda params, batch: shapes.add(batch.tokens.shape) or eval_fn(params, batch)
 
-    monkeypatch.setattr(train, "_programs", programs)
+    monkeypatch.setattr(train, "make_programs", programs)
     fit(config(**{"train.accumulation_steps": 4}), workdir=tmp_path / "parts")
     assert shapes == {(2, 32)}
     fit(config(), workdir=tmp_path / "whole")
@@ -443,8 +451,8 @@ def test_an_error_in_the_loop_leaves_no_state_on_the_device(config, copy, one_de
 def test_standard_output_holds_the_samples_alone_and_a_trace_is_written(
     config, tmp_path, one_device, monkeypatch, capsys
 ):
-    programs, made = train._programs, []
-    monkeypatch.setattr(train, "_programs", lambda *args: made.extend(programs(*args)) or made)
+    programs, made = train.make_programs, []
+    monkeypatch.setattr(train, "make_programs", lambda *args: made.extend(programs(*args)) or made)
     workdir = tmp_path / "run"
     changes = {"train.sample_every": 4, "train.profile_steps": 2, "train.log_every": 0, "train.eval_every": 0}
     lm = fit(config(**changes, **{"train.save_every": 0}), workdir=workdir)

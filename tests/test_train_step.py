@@ -34,7 +34,7 @@ def some_batch(seed=0, mask=None) -> Batch:
 
 def programs(cfg, num_devices=1):
     mesh = make_mesh(cfg.mesh, jax.devices()[:num_devices])
-    init, train_fn, eval_fn = train._programs(cfg, mesh, BYTES)
+    init, train_fn, eval_fn = train.make_programs(cfg, mesh, BYTES)
     return init, train_fn, eval_fn, functools.partial(jax.device_put, device=split_batch(mesh))
 
 
@@ -259,3 +259,19 @@ def test_with_bfloat16_compute_parameters_and_optimizer_state_stay_float32(name)
     state, _ = train_fn(init(), put(some_batch()))
     floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert len(floats) > 3 * len(jax.tree.leaves(state.params)) and set(floats) == {jnp.dtype("float32")}
+
+
+def test_bfloat16_gradients_add_up_in_float32():
+    """512 gradients of 1: a sum in bfloat16 would stop at 256."""
+    params = {"w": jnp.zeros(2, jnp.bfloat16)}
+    batch = Batch(*(np.ones((512, 1), dtype) for dtype in (np.int32, np.int32, np.float32)))
+    optimizer = optax.sgd(1.0)
+    step = train_step.make_train_step(
+        lambda params, batch, key: (params["w"][0].astype(jnp.float32) * batch.mask.sum(), batch.mask.sum()),
+        optimizer,
+        lambda count: jnp.float32(1.0),
+        accumulation_steps=512,
+        run_key=jax.random.key(0),
+    )
+    state, _ = jax.jit(step)(train_step.init_state(params, optimizer), batch)
+    assert state.params["w"].tolist() == [-1.0, 0.0] and state.params["w"].dtype == jnp.bfloat16
