@@ -167,3 +167,32 @@ def test_bench_attention(clean_env):
         [result],
     )
     assert many < 1.5 * few
+
+
+TEMPORARY_BYTES = """
+import jax, jax.numpy as jnp
+from llm_jax import ops
+
+def plain(hidden, weight, targets):
+    return ops.cross_entropy(ops.einsum_f32("btd,vd->btv", hidden, weight), targets)
+
+like = jax.ShapeDtypeStruct
+arrays = like((8, 1024, 768), jnp.float32), like((50257, 768), jnp.float32), like((8, 1024), jnp.int32)
+for loss in (plain, ops.linear_cross_entropy):
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(*arrays).compile()
+    print(program.memory_analysis().temp_size_in_bytes)
+"""
+
+
+def test_loss_memory(clean_env):
+    """Compiled, not run. Arguments and results, 171 MiB each, are not temporary: the gradients are results."""
+    output, _ = run(clean_env, "-c", TEMPORARY_BYTES)
+    plain, chunked = map(int, output.split())
+    report(
+        "loss_memory",
+        "temporary memory of loss and gradient at 8 x 1024 x 768 x 50,257 in f32, by XLA's own account",
+        f"{chunked / 2**20:,.0f} MiB; with all the logits {plain / 2**20:,.0f} MiB, {plain / chunked:.1f} times that",
+        "loss_memory",
+        [{"plain_bytes": plain, "chunked_bytes": chunked}],
+    )
+    assert plain >= 8 * chunked

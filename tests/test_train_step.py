@@ -97,7 +97,7 @@ def test_metrics_and_update_are_those_of_the_mean_loss_over_the_mask():
 @pytest.mark.parametrize("values", [dict(model__final_softcap=0.5), dict(model__tie_embeddings=False)], ids=str)
 def test_the_loss_is_taken_without_all_the_logits(values, monkeypatch):
     """With fewer elements in a chunk than a batch has logits, to the same numbers."""
-    cfg, batch = make(**values), some_batch(mask=uneven_mask())
+    cfg, batch = make(model__n_layer=1, **values), some_batch(mask=uneven_mask())
     params = jax.jit(model.init_params, static_argnums=0)(cfg.model, jax.random.key(0))
 
     def by_logits(params, batch, key):

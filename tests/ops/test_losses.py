@@ -144,11 +144,18 @@ def test_linear_without_gradient_mask_or_right_target(chunk_elements):
 
 
 @pytest.mark.parametrize("rows", [(), (7,), (2, 3, 5)], ids=str)
-def test_linear_takes_rows_of_any_shape(rows):
+def test_linear_takes_rows_of_any_shape_and_its_mean_has_the_means_gradient(rows):
+    def mean_of(loss):
+        def mean(*arrays, **options):
+            nats, count = loss(*arrays, **options)
+            return nats / count, count
+
+        return mean
+
     hidden, targets = some_rows(rows)
     arrays = (hidden, WEIGHT32, jnp.asarray(RNG.uniform(0.5, 2.0, rows), jnp.float32))
-    expected = gradient_of(by_logits, targets)(*arrays)
-    actual = gradient_of(ops.linear_cross_entropy, targets, chunk_elements=1)(*arrays)
+    expected = gradient_of(mean_of(by_logits), targets)(*arrays)
+    actual = gradient_of(mean_of(ops.linear_cross_entropy), targets, chunk_elements=1)(*arrays)
     jax.tree.map(close, actual, expected)
 
 
