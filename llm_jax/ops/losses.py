@@ -39,9 +39,10 @@ def cross_entropy(
 
 # On a CPU a chunk's logits should stay in its caches; but a chunk also adds to all of d_weight, which shows
 # below some D / 3 rows. Value and gradient, processor time on a Zen 4 server by that of the plain form:
-# D=128 V=8192 (1024 rows; 4096 rows), 2**19 elements 0.66; 0.58, 2**21 0.56; 0.48, 2**23 0.98; 0.76;
+# D=128 V=8192 (1024 rows; 4096 rows), 2**19 logits 0.66; 0.58, 2**21 0.56; 0.48, 2**23 0.98; 0.76;
 # D=768 V=8192 (2048 rows), 2**20 0.94, 2**21 0.85, 2**22 0.85, 2**23 0.93, 2**24 1.01;
 # D=768 V=50257 (2048 rows), 2**21 1.45, 2**22 0.93, 2**23 0.80, 2**24 0.79, 2**25 0.78, 2**26 0.83.
+# At V=65 there is one chunk and no difference.
 CACHED_ELEMENTS = 2**21
 
 
@@ -60,7 +61,7 @@ def linear_cross_entropy(
     With softcap, logits are softcap * tanh(hidden @ weight.T / softcap). Products accumulate in float32.
 
     Rows go through in chunks of at most `chunk_elements` logits (over all devices, for each run of a vmap;
-    None: D/2 rows, or 2**21 logits if that is more, the best on a CPU), but of one place of the last axis of B
+    None: D/2 rows or 2**21 logits, whichever is more, the best on a CPU), but of one place of the last axis of B
     at least; if they all fit, there is no loop. Since the result is a sum, each chunk's gradient is taken while
     its logits are there (as Hsu et al. 2024, "Liger Kernel", do), and no product is computed twice. Rows may be
     sharded along any axis: a chunk takes every n-th place of the last one, so that each device works on rows of
@@ -114,7 +115,7 @@ def _linear_nats_and_gradient(hidden, weight, targets, weights, static):
 
 
 def _scale(static, gradients, d_nats):
-    d_hidden, d_weight, d_weights = (((d_nats * g).astype(g.dtype)) for g in gradients)
+    d_hidden, d_weight, d_weights = ((d_nats * g).astype(g.dtype) for g in gradients)
     return d_hidden, d_weight, None, d_weights
 
 
