@@ -37,7 +37,7 @@ def run(main: Callable[..., Any], *, subcommands: Sequence[str] = ()) -> NoRetur
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its own exit
             sys.exit(128 + signal.SIGPIPE)
         except KeyboardInterrupt as stop:
-            print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+            print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
 
     app.run(guarded, flags_parser=functools.partial(parse, subcommands=subcommands))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 
 import pytest
 from commands import REPOSITORY, Commands
@@ -121,6 +122,14 @@ def test_without_torch(run_python, tmp_path, arguments, files, reason):
     assert result["left_out"] and all(reason in why for why in result["left_out"].values())
     measured = result["contenders"] if arguments[0] == "train" else result["shapes"][0]["contenders"]
     assert measured and not measured.keys() & {"transformers eager", "transformers compiled", "torch SDPA"}
+
+
+def test_an_interrupt_is_no_traceback(commands, tmp_path):
+    endless = ["--shapes=B1T64N1H8", "--rounds=1000000", "--steps=1", "--peers=none"]
+    process = commands.start("bench", "attention", *endless, cwd=tmp_path)
+    result = process.signal_when(signal.SIGINT, lambda: "round 1/" in process.stderr.read_text())
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.endswith("\ninterrupted\n") and "Traceback" not in result.stderr
 
 
 def test_help_has_the_formula(commands, tmp_path):
@@ -269,17 +278,18 @@ def test_every_mlp_has_a_name_in_transformers():
     assert set(torch_peers.ACTIVATIONS) == set(MLPS)
 
 
-def test_a_peer_trains_as_accumulated(tiny):
-    """Micro-batches of one batch give the update of the batch; a thousandfold rate would give another."""
+def test_a_peers_micro_batches_give_the_gradient_of_the_batch(tiny):
     torch_or_skip("torch", "transformers")
-    losses = []
+    grads = []
     for accumulation_steps in (1, 4):
-        cfg = config.freeze(tiny(**{"model.vocab_size": 64, "train.accumulation_steps": accumulation_steps}))
-        peer = torch_peers.Training(cfg, "cpu", 1, False)
-        peer.time(10)
-        with peer._torch.no_grad():
-            losses.append(float(peer._model(input_ids=peer._batches[0], labels=peer._batches[0]).loss))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and losses[0] < math.log(64) - 0.02
+        changes = {"train.accumulation_steps": accumulation_steps, "model.vocab_size": 64, "optim.grad_clip": 0}
+        peer = torch_peers.Training(config.freeze(tiny(**changes)), "cpu", 1, False)
+        peer._optimizer.zero_grad = lambda **how: None  # leaves the gradients to look at
+        peer._run(1)
+        grads.append([p.grad for p in peer._params])
+    assert len(grads[0]) > 10
+    for whole, accumulated in zip(*grads, strict=True):
+        peer._torch.testing.assert_close(accumulated, whole, rtol=1e-3, atol=1e-6)
 
 
 # -- Rounds and workers

@@ -6,6 +6,7 @@ torch and transformers are imported in the worker that runs them, never in the c
 import importlib.util
 import os
 import time
+import warnings
 from typing import Any
 
 from llm_jax.bench.contenders import HostMemory, random_batches
@@ -112,6 +113,7 @@ class Training:
 
     def __init__(self, cfg: Config, platform: str, threads: int, compiled: bool) -> None:
         os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # compile time is a first run's
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")  # by that
         import torch
         import transformers
 
