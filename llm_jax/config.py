@@ -81,7 +81,7 @@ class DataConfig:
     vocab_size: int = 1024  # tokens of a bpe trained here
     val_fraction: float = 0.1  # the last part of the corpus, by bytes
     content_hash: str | None = None  # identifies the corpus; None: whatever is found, recorded with the run
-    cache_dir: str | None = None  # token cache; None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
+    cache_dir: str | None = None  # of tokens and compiled programs; None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from llm_jax.cache import cache_folder
 from llm_jax.config import DataConfig
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import (
@@ -72,7 +73,7 @@ def prepare(cfg: DataConfig) -> Corpus:
     Every call reads the corpus once to hash it, so a changed file is noticed. Two processes may
     prepare the same corpus at once: each writes a folder of its own and the first rename wins.
     """
-    cache = Path(os.path.expanduser(cfg.cache_dir or os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax"))
+    cache = cache_folder(cfg.cache_dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

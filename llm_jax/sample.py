@@ -39,8 +39,10 @@ def main() -> None:
     )
     check_sampling(**request)  # before the model is loaded
     with flags.importing():
+        from llm_jax.cache import cache_folder, keep_compiled_programs
         from llm_jax.language_model import load
 
+    keep_compiled_programs(cache_folder())
     language_model = load(_WORKDIR.value, step=_STEP.value)
     texts = language_model.samples(
         _PROMPT.value,

@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llm_jax import checkpoint, data, model, ops, optim, pretrained, sharding, train_step
+from llm_jax.cache import cache_folder, keep_compiled_programs
 from llm_jax.config import Config, ModelConfig, as_dict, freeze, load_file
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
@@ -67,6 +68,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     _free_last_model()
     workdir = Path(workdir)
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
+    keep_compiled_programs(cache_folder(cfg.data.cache_dir))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices())
     sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
     optim.check_name(cfg.optim.name)

@@ -104,11 +104,11 @@ def test_short_corpora(length):
 def test_training_batches_are_cheap(length):
     batches = train_batches(np.zeros(length, np.uint16), block_size=256, batch_size=16, seed=0)
     batches[0]
-    start = time.perf_counter()
+    start = time.thread_time()
     for step in range(200):
         batches[step]
-    # 0.25 ms measured; the bound leaves room for a busy machine
-    assert (time.perf_counter() - start) / 200 < 2e-3
+    # 0.25 ms measured; of this thread's own time, whatever else the machine does
+    assert (time.thread_time() - start) / 200 < 2e-3
 
 
 @pytest.mark.parametrize("length", [2, 10, 11, 12, 21, 40, 41, 42, 81, 1003])

@@ -232,9 +232,10 @@ def test_without_an_average_the_state_holds_nothing_more_and_training_is_the_sam
         (state, metrics), (averaged, same) = (
             function(s, put(some_batch(step))) for function, s in ((train_fn, state), (averaged_fn, averaged))
         )
-        assert metrics == same
+        # Two programs, so that XLA may add up a norm in another order.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), metrics, same)
     assert state.ema is None and state.eval_params is state.params
-    jax.tree.map(np.testing.assert_array_equal, state.params, averaged.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.params, averaged.params)
     extra = len(jax.tree.leaves(averaged)) - len(jax.tree.leaves(state))
     assert extra == len(jax.tree.leaves(state.params))
     assert averaged_fn._cache_size() == 1
