@@ -91,6 +91,7 @@ class OptimConfig:
     name: str = "adamw"  # adamw | muon | any other optimizer that optax has: lion, adafactor, sgd, ...
     schedule: str = "cosine"  # cosine | linear | wsd (constant, then a line) | constant, after a linear warm-up
     peak_lr: float = 1e-3
+    peak_lrs: tuple[float, ...] | None = None  # a run for each of them, all in one program, instead of peak_lr
     final_lr: float | None = None  # of the last step, unless the schedule is constant; None: peak_lr / 10
     warmup_steps: int = 100
     decay_fraction: float = 0.2  # wsd: the last part of all steps, in which the rate falls
@@ -117,6 +118,7 @@ class TrainConfig:
     log_every: int = 10
     sample_every: int = 0
     seed: int = 0
+    seeds: int = 1  # runs with the seeds seed, seed + 1, ..., all in one program
     profile_steps: int = 0  # steps traced with jax.profiler into <workdir>/profile, after the first ten
 
 
@@ -265,6 +267,20 @@ def as_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def split_runs(config: Config) -> tuple[Config, ...]:
+    """The config of each run that `train.seeds` and `optim.peak_lrs` ask for, as if it trained alone."""
+    peak_lrs = config.optim.peak_lrs or (config.optim.peak_lr,)
+    return tuple(
+        dataclasses.replace(
+            config,
+            optim=_optim(dataclasses.replace(config.optim, peak_lr=peak_lr, peak_lrs=None)),
+            train=dataclasses.replace(config.train, seed=config.train.seed + i, seeds=1),
+        )
+        for peak_lr in peak_lrs
+        for i in range(config.train.seeds)
+    )
+
+
 def check_keys(keys: Iterable[str]) -> None:
     """Raises InputError for a dotted key (`optim.peak_lr`) that no config has, naming the nearest one."""
     known = _all_keys()
@@ -380,6 +396,8 @@ def _optim(o: OptimConfig) -> OptimConfig:
     # Whether there is an optimizer of that name is for optim.py to say, which knows optax.
     _one_of("optim", o, "schedule", SCHEDULES)
     _above_zero("optim", o, "peak_lr")
+    if o.peak_lrs is not None and not (o.peak_lrs and all(0 < peak_lr < math.inf for peak_lr in o.peak_lrs)):
+        raise InputError(f"optim.peak_lrs {o.peak_lrs} must hold one or more numbers above 0")
     _above_zero("optim", o, "adamw_lr")
     if not 0 < o.decay_fraction <= 1:
         raise InputError(f"optim.decay_fraction ({o.decay_fraction}) must be above 0 and at most 1")
@@ -388,16 +406,18 @@ def _optim(o: OptimConfig) -> OptimConfig:
     for name in ("b1", "b2", "muon_momentum", "ema_decay"):
         if not 0 <= getattr(o, name) < 1:
             raise InputError(f"optim.{name} ({getattr(o, name)}) must be at least 0 and below 1")
-    return dataclasses.replace(o, final_lr=o.peak_lr / 10 if o.final_lr is None else o.final_lr)
+    if o.final_lr is None and o.peak_lrs is None:  # of several runs each has its own
+        o = dataclasses.replace(o, final_lr=o.peak_lr / 10)
+    return o
 
 
 def _train(t: TrainConfig) -> TrainConfig:
-    for name in ("batch_size", "accumulation_steps", "num_steps", "eval_batches", "keep_checkpoints"):
+    for name in ("batch_size", "accumulation_steps", "num_steps", "eval_batches", "keep_checkpoints", "seeds"):
         _at_least("train", t, name, 1)
     for name in ("eval_every", "save_every", "log_every", "sample_every", "seed", "profile_steps"):
         _at_least("train", t, name, 0)
-    if t.seed > MAX_SEED:
-        raise InputError(f"train.seed ({t.seed}) must be at most {MAX_SEED}")
+    if t.seed + t.seeds - 1 > MAX_SEED:
+        raise InputError(f"train.seed + train.seeds - 1 ({t.seed + t.seeds - 1}) must be at most {MAX_SEED}")
     if t.batch_size % t.accumulation_steps:
         raise InputError(
             f"train.batch_size ({t.batch_size}) must be a multiple of "
@@ -463,10 +483,15 @@ def _reject_unknown(given: Mapping[str, Any], known: Sequence[str], *, prefix: s
 
 def _field_type(field: dataclasses.Field) -> tuple[type, bool]:
     """The plain type of a field, and whether it may be None."""
-    if isinstance(field.type, types.UnionType):
-        kind, _ = typing.get_args(field.type)
-        return kind, True
-    return typing.get_origin(field.type) or field.type, False
+    optional = isinstance(field.type, types.UnionType)
+    kind = typing.get_args(field.type)[0] if optional else field.type
+    return typing.get_origin(kind) or kind, optional
+
+
+def _item_type(field: dataclasses.Field) -> type:
+    """Of a tuple field."""
+    kind = typing.get_args(field.type)[0]
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
 
 
 def _parsed(text: str, field: dataclasses.Field) -> Any:
@@ -478,7 +503,7 @@ def _parsed(text: str, field: dataclasses.Field) -> Any:
             raise ValueError(text)
         return text.lower() in ("true", "1")
     if kind is tuple:
-        return tuple(item.strip(" '\"") for item in text.strip("()").split(",") if item.strip())
+        return tuple(_item_type(field)(item.strip(" '\"")) for item in text.strip("()").split(",") if item.strip())
     return kind(text)
 
 
@@ -486,8 +511,12 @@ def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:
     kind, optional = _field_type(field)
     if value is None and optional:
         return None
-    if kind is tuple and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return tuple(value)
+    if kind is tuple and isinstance(value, list | tuple):
+        item_type = _item_type(field)
+        value = tuple(float(item) if item_type is float and type(item) is int else item for item in value)
+        if not all(isinstance(item, item_type) for item in value):
+            raise InputError(f"{key} {value!r} must be a tuple of {item_type.__name__}")
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

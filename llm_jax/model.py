@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llm_jax import ops
+from llm_jax import ops, sharding
 from llm_jax.config import ModelConfig
 
 # f32 compute means f32: accelerators would otherwise multiply f32 in bf16 or TF32. bf16 operands ignore it.
@@ -287,7 +287,7 @@ def for_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
     on accelerators a scan keeps compile time independent of depth. Blockwise attention is sized for a CPU's
     caches, and its loop runs over batch and heads, which must then lie on one device.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = sharding.is_cpu(mesh)
     best = {
         "layer_execution": "unrolled" if on_cpu else "scan",
         "attention": "auto" if on_cpu and mesh.size == 1 else "plain",

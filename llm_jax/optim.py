@@ -18,13 +18,21 @@ from llm_jax.config import OptimConfig
 from llm_jax.errors import InputError
 
 
-def make_schedule(cfg: OptimConfig, *, num_steps: int) -> optax.Schedule:
+class Rates(NamedTuple):
+    """What the runs of one program may differ in; then these stand for the config's own, and may be traced."""
+
+    peak_lr: float | Float[Array, ""]
+    final_lr: float | Float[Array, ""]
+
+
+def make_schedule(cfg: OptimConfig, *, num_steps: int, rates: Rates | None = None) -> optax.Schedule:
     """Update number (from 0) -> learning rate: linear warm-up, then `cfg.schedule`.
 
     The first update already has peak_lr / warmup_steps; the last one of `num_steps` has final_lr, unless the
     schedule is constant. "cosine" and "linear" fall from the warm-up on, "wsd" (warm-up, stable, decay: Hu et
     al. 2024, "MiniCPM") in a line over the last `decay_fraction` of all steps, or what the warm-up leaves of it.
     """
+    peak_lr, final_lr = rates or (cfg.peak_lr, cfg.final_lr)
     last = max(num_steps, cfg.warmup_steps + 1)
     falling = last - cfg.warmup_steps  # steps
     if cfg.schedule == "wsd":
@@ -39,8 +47,8 @@ def make_schedule(cfg: OptimConfig, *, num_steps: int) -> optax.Schedule:
             "wsd": 1 - done,
             "constant": 1.0,
         }[cfg.schedule]
-        decayed = cfg.final_lr + (cfg.peak_lr - cfg.final_lr) * decay
-        return jnp.where(count < cfg.warmup_steps, cfg.peak_lr * warmup, decayed).astype(jnp.float32)
+        decayed = final_lr + (peak_lr - final_lr) * decay
+        return jnp.where(count < cfg.warmup_steps, peak_lr * warmup, decayed).astype(jnp.float32)
 
     return schedule
 
@@ -53,7 +61,9 @@ def decays(axes: str) -> bool:
     return "D" in axes and len(axes.replace("L", "")) > 1
 
 
-def make_optimizer(cfg: OptimConfig, *, num_steps: int, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimConfig, *, num_steps: int, axes: Any, rates: Rates | None = None
+) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Loshchilov and Hutter 2019), Muon, or the optax optimizer `cfg.name`.
 
     Weight decay is on weight matrices only. An optimizer of optax gets the schedule, and those of b1, b2,
@@ -66,9 +76,11 @@ def make_optimizer(cfg: OptimConfig, *, num_steps: int, axes: Any) -> optax.Grad
     Raises:
         ValueError: Muon, and a parameter whose letters do not say which matrices it holds.
     """
-    schedule = make_schedule(cfg, num_steps=num_steps)
+    schedule = make_schedule(cfg, num_steps=num_steps, rates=rates)
     if cfg.name == "muon":
-        optimizer = _muon(cfg, schedule, axes)
+        peak_lr = rates.peak_lr if rates else cfg.peak_lr
+        adamw_part = 1.0 if cfg.adamw_lr is None else cfg.adamw_lr / peak_lr
+        optimizer = _muon(cfg, schedule, lambda count: adamw_part * schedule(count), axes)
     else:
         optimizer = _by_name(cfg, schedule, jax.tree.map(decays, axes))
     return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), optimizer) if cfg.grad_clip else optimizer
@@ -179,7 +191,9 @@ def scale_by_muon(axes: Any, *, momentum: float) -> optax.GradientTransformation
     return optax.GradientTransformation(init, update)
 
 
-def _muon(cfg: OptimConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+def _muon(
+    cfg: OptimConfig, schedule: optax.Schedule, adamw_schedule: optax.Schedule, axes: Any
+) -> optax.GradientTransformation:
     def place(path: tuple[Any, ...], letters: str) -> tuple[int, int] | optax.MaskedNode:
         return matrix_axes(jax.tree_util.keystr(path, simple=True, separator="/"), letters) or optax.MaskedNode()
 
@@ -187,7 +201,6 @@ def _muon(cfg: OptimConfig, schedule: optax.Schedule, axes: Any) -> optax.Gradie
     labels = jax.tree.map(
         lambda at: "muon" if at else "adamw", places, is_leaf=lambda node: isinstance(node, tuple)
     )
-    ratio = 1.0 if cfg.adamw_lr is None else cfg.adamw_lr / cfg.peak_lr
     parts = {
         "muon": optax.chain(
             scale_by_muon(places, momentum=cfg.muon_momentum),
@@ -195,7 +208,7 @@ def _muon(cfg: OptimConfig, schedule: optax.Schedule, axes: Any) -> optax.Gradie
             optax.scale_by_learning_rate(schedule),
         ),
         "adamw": optax.adamw(
-            lambda count: ratio * schedule(count),
+            adamw_schedule,
             b1=cfg.b1,
             b2=cfg.b2,
             weight_decay=cfg.weight_decay,

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from llm_jax import checkpoint, model
-from llm_jax.config import Config, as_dict, freeze
+from llm_jax.config import Config, as_dict, freeze, split_runs
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
@@ -44,6 +44,12 @@ def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, 
     """
     cfg, tokenizer = read_run(workdir)
     folder = Path(workdir) / "checkpoints"
+    several = split_runs(cfg)
+    if len(several) > 1:
+        raise InputError(
+            f"{str(workdir)!r} holds {len(several)} runs; give one of them, {Path(workdir) / 'run_0'} "
+            f"to run_{len(several) - 1}"
+        )
     if not folder.is_dir():
         raise InputError(f"run {str(workdir)!r} has no checkpoint yet; let it reach its first one (train.save_every)")
     device = SingleDeviceSharding(jax.local_devices()[0])

@@ -1,9 +1,10 @@
 """What a run tells: the live line on standard error, metrics.jsonl, loss.png."""
 
 import json
+import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,13 @@ class Report:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
-    def progress(self, step: int, line: Mapping[str, float]) -> None:
-        """Shows a training line, with the time left at the pace of the run's steps so far."""
+    def progress(self, step: int, lines: Sequence[Mapping[str, float]]) -> None:
+        """Shows a training line of each run, with the time left at the pace of the steps so far."""
         now = time.monotonic()
         left = (now - self._start) / max(step - self._first_step, 1) * (self._bar.total - step)
         text = (
-            f"loss {line['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | "
+            f"loss {mean_and_deviation([line['loss'] for line in lines])} | "
+            f"{sum(line['tokens_per_second'] for line in lines):,.0f} tokens/s | "
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
         if self._live:
@@ -63,6 +65,12 @@ class Report:
             self._bar.refresh()
         else:
             say(f"step {step}/{self._bar.total} | {text}")
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Of several runs with the standard deviation of their population, estimated from them; of one its value."""
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def say(text: str) -> None:
@@ -84,18 +92,27 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(workdir: str | Path) -> None:
-    """Draws loss.png beside metrics.jsonl: training and validation loss by step."""
+    """Draws loss.png beside metrics.jsonl: training and validation loss by step, of every run."""
     from matplotlib.figure import Figure  # half a second to import, and needed only here
 
     lines = read_metrics(workdir)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        run = f", seed {line['seed']}, peak_lr {line['peak_lr']:g}" if "seed" in line else ""
+        runs.setdefault(run, []).append(line)
+    several = len(runs) > 1
+    for number, (run, its_lines) in enumerate(runs.items()):
+        for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+            points = [(line["step"], line[name]) for line in its_lines if name in line]
+            if not points:
+                continue
+            # Of several runs a colour each; of one, a colour each for training and validation.
+            colours = {"color": f"C{number}", "alpha": 0.4 if name == "loss" else 1} if several else {}
+            axes.plot(*zip(*points, strict=True), style, label=label + run, markersize=4, linewidth=1, **colours)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        axes.legend(fontsize="small" if several else None)
     figure.savefig(Path(workdir) / "loss.png", dpi=120)

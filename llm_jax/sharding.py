@@ -35,6 +35,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis over the devices of "data", the rest whole."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def split_batch(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """One axis over the devices of "data", the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"

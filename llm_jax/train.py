@@ -2,27 +2,30 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import signal
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import checkpoint, data, model, ops, optim, pretrained, sharding, train_step
+from llm_jax import data, model, optim, pretrained, sharding, train_step
 from llm_jax.cache import cache_folder, keep_compiled_programs
-from llm_jax.config import Config, ModelConfig, as_dict, freeze, load_file
+from llm_jax.config import Config, as_dict, freeze, load_file
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
-from llm_jax.report import Report, plot_losses, read_metrics, say
+from llm_jax.programs import Programs, make_programs
+from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics, say
+from llm_jax.runs import Runs
 from llm_jax.tokenizers import Tokenizer
 
 # A continued run may change how far it goes, when it looks, and how the same numbers are computed: nothing else.
@@ -32,6 +35,11 @@ MAY_DIFFER = frozenset(
     # Data is the same by data.content_hash, and the tokenizer by its own.
     "data.path data.tokenizer data.cache_dir mesh.data".split()
 )
+
+# Steps that are dispatched before the metrics of the first of them are waited for: the device always has one to do,
+# and a signal waits for no more than these.
+IN_FLIGHT = 2
+BATCHES_AHEAD = 2  # cut and on the device before their step is due
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,9 +61,12 @@ class Stopped(KeyboardInterrupt):
 def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageModel:
     """Trains, or continues, the run in `workdir`, and returns the model with its last parameters.
 
-    Writes config.json, tokenizer.json, metrics.jsonl, loss.png and checkpoints/ there. The device memory of
-    the model that an earlier call returned is freed: that model moves to the host's, and goes on working, but
-    arrays that were taken from its `params` before are deleted.
+    Writes config.json, tokenizer.json, metrics.jsonl, loss.png and checkpoints/ there. With `train.seeds` or
+    `optim.peak_lrs` it trains several runs as one program: each gets a folder run_<n>/ that loads like any run's,
+    and the one with the lowest validation loss is returned.
+
+    The device memory of the model that an earlier call returned is freed: that model moves to the host's, and goes
+    on working, but arrays that were taken from its `params` before are deleted.
 
     Args:
         config: a ConfigDict from `llm_jax.config.default()`, or the path of a config file.
@@ -74,92 +85,47 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     optim.check_name(cfg.optim.name)
     corpus = prepare(cfg.data)
     cfg = _resolve(cfg, corpus)
-    tokenizer, token_bytes = corpus.tokenizer, corpus.tokenizer.token_bytes()
+    tokenizer = corpus.tokenizer
     if (workdir / "config.json").exists():
         _check_same_run(*pretrained.read_run(workdir), cfg, tokenizer, workdir)
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
     except InputError as error:  # now, and not when the training is done
         raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}; or set another sample.prompt") from None
-    block_size, batch_size = cfg.model.block_size, cfg.train.batch_size
-    accumulation_steps = cfg.train.accumulation_steps
-    batches = data.train_batches(corpus.train, block_size=block_size, batch_size=batch_size, seed=cfg.train.seed)
-    # In micro-batches, as training is: what fits there fits here.
-    eval_shape = dict(block_size=block_size, batch_size=batch_size // accumulation_steps)
-    val_part = data.eval_batches(corpus.val, **eval_shape, max_batches=cfg.train.eval_batches * accumulation_steps)
-    val_whole = data.eval_batches(corpus.val, **eval_shape)
+    runs = Runs(cfg, workdir)
+    batches = _Batches(cfg, corpus, runs, mesh)
     pretrained.write_run(workdir, cfg, tokenizer)
+    runs.write(tokenizer)
 
     total, without_embeddings = model.count_params(cfg.model)
     device = mesh.devices.flat[0]
     say(f"{total:,} parameters, {without_embeddings:,} without embeddings, on {mesh.size} x {device.device_kind}")
     say(f"{len(corpus.train):,} training tokens, {len(corpus.val):,} validation tokens")
+    if runs.stacked:
+        say(f"{len(runs)} runs in one program, in {runs.folders[0]} to {runs.folders[-1].name}")
 
-    num_steps = cfg.train.num_steps
-    init, train_fn, eval_fn = make_programs(cfg, mesh, token_bytes)
-    tokens_per_step = batch_size * block_size
-    put = functools.partial(jax.device_put, device=sharding.split_batch(mesh))
-    language_model = None
-    with checkpoint.open_checkpoints(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints:
-        state = _restore_or_init(checkpoints, init, mesh)
-        first_step = int(state.step)
-        if first_step >= num_steps and any("val_loss_full" in line for line in read_metrics(workdir)):
+    programs = make_programs(cfg, mesh, tokenizer.token_bytes())
+    with runs.open_checkpoints():
+        state = runs.restore_or_init(programs.init, mesh)
+        first_step = int(np.ravel(state.step)[0])
+        if first_step < cfg.train.num_steps or not any("val_loss_full" in line for line in read_metrics(workdir)):
+            if first_step:
+                say(f"continues after step {first_step}")
+            state = _Loop(cfg, runs, programs, batches, tokenizer, workdir).run(state, first_step)
+        else:
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
-            return _remember(LanguageModel(cfg, state.eval_params, tokenizer))
-        if first_step:
-            say(f"continues after step {first_step}")
-        try:
-            with Report(workdir, first_step=first_step, num_steps=num_steps) as report:
-                clock = _Clock(report.seconds_before, first_step)
-                profile_start = min(first_step + 11, num_steps)
-                profiled = range(profile_start, profile_start + cfg.train.profile_steps)
-                with _stop_signals() as stop, contextlib.ExitStack() as trace:
-                    for step in range(first_step + 1, num_steps + 1):
-                        due = functools.partial(_is_due, step, num_steps)
-                        if profiled and step == profiled[0]:
-                            trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
-                        state, metrics = train_fn(state, put(batches[step - 1]))
-                        if step == first_step + 1 or (profiled and step == profiled[-1]):
-                            jax.block_until_ready(metrics)
-                            trace.close()
-                        stopping = stop.signum
+    best = _best_run(runs, workdir)
+    return _remember(LanguageModel(runs.configs[best], runs.part(state.eval_params, best), tokenizer))
 
-                        if due(cfg.train.log_every):
-                            line = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
-                            line |= clock.read(step, tokens_per_step)
-                            _check_finite(line, step)
-                            report.log(step, line)
-                            report.progress(step, line)
-                        val_loss = None
-                        if due(cfg.train.eval_every) or due(cfg.train.save_every):
-                            val_loss, bits_per_byte = _evaluate(eval_fn, state.eval_params, map(put, val_part))
-                            _check_finite({"val_loss": val_loss}, step)
-                            report.log(step, {"val_loss": val_loss, "bits_per_byte": bits_per_byte})
-                            say(f"step {step}: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
-                            plot_losses(workdir)
-                        if due(cfg.train.save_every) or stopping:
-                            checkpoint.save(checkpoints, step, _saved(state), val_loss=val_loss)
-                        if stopping:
-                            checkpoints.wait_until_finished()
-                            raise Stopped(stopping, step, workdir)
-                        if due(cfg.train.sample_every) and step < num_steps:
-                            _print_sample(LanguageModel(cfg, state.eval_params, tokenizer))
-                        if step == first_step + 1 or val_loss is not None or due(cfg.train.sample_every):
-                            clock.restart(step)  # compiling, evaluating and sampling are not training speed
-                if stop.signum:  # it came while the last step was evaluated and saved
-                    raise Stopped(stop.signum, num_steps, workdir)
 
-                val_loss, bits_per_byte = _evaluate(eval_fn, state.eval_params, map(put, val_whole))
-                last_step = max(first_step, num_steps)  # a run may be told to end before the step it has reached
-                report.log(last_step, {"val_loss_full": val_loss, "bits_per_byte_full": bits_per_byte})
-                say(f"whole validation split: val_loss {val_loss:.4f}, {bits_per_byte:.4f} bits per byte")
-                language_model = LanguageModel(cfg, state.eval_params, tokenizer)
-                _print_sample(language_model)
-        except BaseException:
-            # A notebook keeps an error's traceback, and with it this frame: its buffers would outlive it.
-            jax.tree.map(lambda leaf: leaf.delete(), state)
-            raise
-    return _remember(language_model)
+def _best_run(runs: Runs, workdir: Path) -> int:
+    """The run with the lowest loss over the whole validation split."""
+    losses = [math.inf] * len(runs)
+    for line in read_metrics(workdir):
+        if "val_loss_full" in line:
+            run = next(n for n, label in enumerate(runs.labels) if label.items() <= line.items())
+            losses[run] = line["val_loss_full"]
+    return losses.index(min(losses))
 
 
 def _resolve(cfg: Config, corpus: Corpus) -> Config:
@@ -195,100 +161,193 @@ def _check_same_run(
         raise InputError(f"{workdir} holds a run with another config: {differences}; choose another workdir")
 
 
-# Logits that the loss takes at a time, on each device. Every chunk adds to the whole gradient of the output matrix,
-# which on an accelerator costs the time of some 400 rows' products (about 300 flops for a byte moved), and on
-# several CPUs is sent each time: chunks of 1000 rows and more hide it. By arithmetic, not measured.
-CHUNK_ELEMENTS = 2**27
+class _Batches:
+    """What the programs take, by step, on the devices of the mesh."""
+
+    def __init__(self, cfg: Config, corpus: Corpus, runs: Runs, mesh: jax.sharding.Mesh) -> None:
+        block_size, batch_size = cfg.model.block_size, cfg.train.batch_size
+        of_seed = {
+            seed: data.train_batches(corpus.train, block_size=block_size, batch_size=batch_size, seed=seed)
+            for seed in {run.train.seed for run in runs.configs}
+        }
+        self._of_runs = [of_seed[run.train.seed] for run in runs.configs]
+        self._sharding = sharding.split_batch(mesh)
+        self._stacked_sharding = sharding.split_batch(mesh, axis=1)
+        # In micro-batches, as training is: what fits there fits here.
+        parts = cfg.train.accumulation_steps
+        shape = dict(block_size=block_size, batch_size=batch_size // parts)
+        self._val_part = data.eval_batches(corpus.val, **shape, max_batches=cfg.train.eval_batches * parts)
+        self._val_whole = data.eval_batches(corpus.val, **shape)
+
+    def train(self, step: int) -> data.Batch:
+        """Of the step that makes `step` finished updates: one, or the runs' own on a leading axis."""
+        each = [batches[step - 1] for batches in self._of_runs]
+        if len(each) == 1:
+            return jax.device_put(each[0], self._sharding)
+        return jax.device_put(jax.tree.map(lambda *arrays: np.stack(arrays), *each), self._stacked_sharding)
+
+    def validation(self, *, whole: bool) -> Iterator[data.Batch]:
+        for batch in self._val_whole if whole else self._val_part:
+            yield jax.device_put(batch, self._sharding)
 
 
-def _loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn:
-    """Next-token cross entropy of the network as it is best executed on the mesh."""
-    network = model.Transformer(model.for_mesh(cfg, mesh))
-    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    chunk_elements = None if one_cpu else mesh.size * CHUNK_ELEMENTS
+class _Loop:
+    """The steps of `fit`, and what is due between them."""
 
-    def loss_fn(params: model.Params, batch: data.Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
-        hidden, output, _ = network.apply({"params": params}, batch.tokens, method="hidden", **dropout)
-        return ops.linear_cross_entropy(
-            hidden, output, batch.targets, batch.mask, softcap=cfg.final_softcap, chunk_elements=chunk_elements
-        )
+    def __init__(
+        self, cfg: Config, runs: Runs, programs: Programs, batches: _Batches, tokenizer: Tokenizer, workdir: Path
+    ) -> None:
+        self._cfg, self._runs, self._programs, self._batches = cfg, runs, programs, batches
+        self._tokenizer, self._workdir = tokenizer, workdir
+        self._in_flight: deque[tuple[int, Mapping[str, Any]]] = deque()
+        self._diverged = [False] * len(runs)
 
-    return loss_fn
+    def run(self, state: train_step.TrainState, first_step: int) -> train_step.TrainState:
+        """From the state after `first_step` updates to that after the last."""
+        train, num_steps = self._cfg.train, self._cfg.train.num_steps
+        profile_start = min(first_step + 11, num_steps)
+        profiled = range(profile_start, profile_start + train.profile_steps)
+        try:
+            with (
+                Report(self._workdir, first_step=first_step, num_steps=num_steps) as self._report,
+                _stop_signals() as stop,
+                ThreadPoolExecutor(1) as pool,
+                contextlib.ExitStack() as trace,
+            ):
+                self._clock = _Clock(self._report.seconds_before, first_step)
+                steps = range(first_step + 1, num_steps + 1)
+                for step, batch in _ahead(pool, self._batches.train, steps):
+                    if profiled and step == profiled[0]:
+                        self._finish_steps()
+                        trace.enter_context(jax.profiler.trace(str(self._workdir / "profile")))
+                    state, metrics = self._programs.train_step(state, batch)
+                    self._in_flight.append((step, metrics))
+                    stopping = stop.signum
+                    evaluates = self._is_due(step, train.eval_every) or self._is_due(step, train.save_every)
+                    saves = self._is_due(step, train.save_every) or bool(stopping)
+                    samples = self._is_due(step, train.sample_every) and step < num_steps
+                    traced = bool(profiled) and step == profiled[-1]
+                    if step == steps[0] or traced or evaluates or saves or samples:
+                        self._finish_steps()
+                    else:
+                        self._finish_steps(all_but=IN_FLIGHT)
+                    if traced:
+                        trace.close()
+                    val_losses = self._evaluate(step, state) if evaluates else [None] * len(self._runs)
+                    if saves:
+                        self._runs.save(step, state, val_losses)
+                    if stopping:
+                        self._runs.wait_until_saved()
+                        raise Stopped(stopping, step, self._workdir)
+                    if samples:
+                        self._print_sample(state, self._diverged.index(False))
+                    if step == steps[0] or evaluates or samples:
+                        self._clock.restart(step)  # compiling, evaluating and sampling are not training speed
+                if stop.signum:  # it came while the last step was evaluated and saved
+                    raise Stopped(stop.signum, num_steps, self._workdir)
+                # A run may be told to end before the step it has reached.
+                whole = self._evaluate(max(first_step, num_steps), state, whole=True)
+                self._print_sample(state, int(np.nanargmin(whole)))
+        except BaseException:
+            # A notebook keeps an error's traceback, and with it this frame: its buffers would outlive it.
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            raise
+        return state
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step == self._cfg.train.num_steps or (every > 0 and step % every == 0)
+
+    def _finish_steps(self, all_but: int = 0) -> None:
+        """Waits for the steps in flight, but for the last ones, and logs those that are due."""
+        while len(self._in_flight) > all_but:
+            step, metrics = self._in_flight.popleft()
+            jax.block_until_ready(metrics)
+            if self._is_due(step, self._cfg.train.log_every):
+                self._log(step, jax.device_get(metrics))
+
+    def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        speed = self._clock.read(step, self._cfg.train.batch_size * self._cfg.model.block_size)
+        lines = self._of_runs(metrics, ("loss", "learning_rate", "grad_norm"))
+        self._check_finite(step, lines)
+        lines = self._write(step, [line | speed for line in lines])
+        self._report.progress(step, lines)
+
+    def _evaluate(self, step: int, state: train_step.TrainState, *, whole: bool = False) -> list[float]:
+        """Logs and returns the validation losses, NaN for a run that has diverged."""
+        params = state.eval_params
+        batches = self._batches.validation(whole=whole)
+        sums = jax.device_get([self._programs.eval_step(params, batch) for batch in batches])
+        nats, tokens, num_bytes = (np.sum(column, axis=0, dtype=np.float64) for column in zip(*sums, strict=True))
+        values = {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / np.maximum(num_bytes, 1)}
+        lines = self._of_runs(values, values)
+        self._check_finite(step, lines)
+        ending = "_full" if whole else ""
+        self._write(step, [{f"{name}{ending}": value for name, value in line.items()} for line in lines])
+        what = "whole validation split" if whole else f"step {step}"
+        for label, chosen in self._groups():
+            losses, bits = (mean_and_deviation([lines[n][name] for n in chosen]) for name in values)
+            say(f"{what}{label}: val_loss {losses}, {bits} bits per byte")
+        if not whole:
+            plot_losses(self._workdir)
+        return [math.nan if bad else line["val_loss"] for bad, line in zip(self._diverged, lines, strict=True)]
+
+    def _groups(self) -> list[tuple[str, list[int]]]:
+        """The runs that have not diverged, by peak_lr if that is what they differ in: (how to call them, which)."""
+        by_lr: dict[float, list[int]] = {}
+        for n, run in enumerate(self._runs.configs):
+            if not self._diverged[n]:
+                by_lr.setdefault(run.optim.peak_lr, []).append(n)
+        several = len({run.optim.peak_lr for run in self._runs.configs}) > 1
+        return [(f", peak_lr {peak_lr:g}" if several else "", chosen) for peak_lr, chosen in by_lr.items()]
+
+    def _of_runs(self, values: Mapping[str, Any], names: Iterable[str]) -> list[dict[str, float]]:
+        columns = {name: np.atleast_1d(values[name]) for name in names}
+        return [{name: float(column[n]) for name, column in columns.items()} for n in range(len(self._runs))]
+
+    def _write(self, step: int, lines: list[dict[str, float]]) -> list[dict[str, float]]:
+        """Appends the lines of the runs that go on to metrics.jsonl, and returns them."""
+        going = [n for n, bad in enumerate(self._diverged) if not bad]
+        for n in going:
+            self._report.log(step, self._runs.labels[n] | lines[n])
+        return [lines[n] for n in going]
+
+    def _check_finite(self, step: int, lines: list[dict[str, float]]) -> None:
+        """Notes the runs that have diverged; the last one to do so is an error."""
+        for n, line in enumerate(lines):
+            bad = next(((name, value) for name, value in line.items() if not math.isfinite(value)), None)
+            if bad is None or self._diverged[n]:
+                continue
+            self._diverged[n] = True
+            which = f"{self._runs.folders[n].name}: " if self._runs.stacked else ""
+            what = f"{which}{bad[0]} is {bad[1]} at step {step}: training has diverged"
+            if all(self._diverged):
+                raise InputError(
+                    f"{what}, and only what was saved before is kept; lower optim.peak_lr, raise optim.warmup_steps "
+                    "or set optim.grad_clip, in another workdir"
+                )
+            say(f"{what}; the other runs go on")
+
+    def _print_sample(self, state: train_step.TrainState, n: int) -> None:
+        run = self._runs.configs[n]
+        language_model = LanguageModel(run, self._runs.part(state.eval_params, n), self._tokenizer)
+        request = dataclasses.asdict(run.sample)
+        print(language_model.generate(request.pop("prompt"), **request), flush=True)
 
 
-def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: np.ndarray) -> tuple[Callable[..., Any], ...]:
-    """(init, train_step, eval_step), compiled for the mesh: the state on every device, the batch split."""
-    axes = model.param_axes(cfg.model)
-    optimizer = optim.make_optimizer(cfg.optim, num_steps=cfg.train.num_steps, axes=axes)
-    schedule = optim.make_schedule(cfg.optim, num_steps=cfg.train.num_steps)
-    loss_fn = _loss_fn(cfg.model, mesh)
-    init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
-
-    def init() -> train_step.TrainState:
-        return train_step.init_state(
-            model.init_params(cfg.model, init_key), optimizer, average=cfg.optim.ema_decay > 0
-        )
-
-    train_fn = train_step.make_train_step(
-        loss_fn, optimizer, schedule, accumulation_steps=cfg.train.accumulation_steps, run_key=run_key
-    )
-    if cfg.optim.ema_decay:
-        train_fn = train_step.with_average(train_fn, cfg.optim.ema_decay)
-    padded_bytes = np.zeros(cfg.model.vocab_size, np.int32)
-    padded_bytes[: len(token_bytes)] = token_bytes
-    everywhere = sharding.replicated(mesh)
-    return (
-        jax.jit(init, out_shardings=everywhere),
-        jax.jit(train_fn, donate_argnums=0, out_shardings=everywhere),
-        jax.jit(train_step.make_eval_step(loss_fn, padded_bytes), out_shardings=everywhere),
-    )
+_Item, _Made = TypeVar("_Item"), TypeVar("_Made")
 
 
-def _restore_or_init(
-    checkpoints: Any, init: Callable[[], train_step.TrainState], mesh: jax.sharding.Mesh
-) -> train_step.TrainState:
-    if not checkpoints.all_steps():
-        return init()
-    everywhere = sharding.replicated(mesh)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(init)
-    )
-    step = checkpoint.pick_step(checkpoints, "last")
-    trees = checkpoint.restore(checkpoints, step, _saved(like))
-    return train_step.TrainState(jax.device_put(np.int32(step), everywhere), **trees)
-
-
-def _saved(state: train_step.TrainState) -> dict[str, Any]:
-    """The trees of a checkpoint: all of the state but the step, which is the checkpoint's number."""
-    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
-
-
-def _evaluate(
-    eval_fn: Callable[[Any, Any], train_step.EvalSums], params: Any, batches: Iterable[Any]
-) -> tuple[float, float]:
-    """(nats per token, bits per byte) over all batches."""
-    sums = jax.device_get([eval_fn(params, batch) for batch in batches])
-    nats, tokens, num_bytes = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
-    return nats / tokens, nats / math.log(2) / max(num_bytes, 1)
-
-
-def _check_finite(values: Mapping[str, float], step: int) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise InputError(
-                f"{name} is {value} at step {step}: training has diverged, and only what was saved before is kept; "
-                "lower optim.peak_lr, raise optim.warmup_steps or set optim.grad_clip, in another workdir"
-            )
-
-
-def _is_due(step: int, num_steps: int, every: int) -> bool:
-    return step == num_steps or (every > 0 and step % every == 0)
-
-
-def _print_sample(language_model: LanguageModel) -> None:
-    request = dataclasses.asdict(language_model.config.sample)
-    print(language_model.generate(request.pop("prompt"), **request), flush=True)
+def _ahead(
+    pool: Executor, make: Callable[[_Item], _Made], items: Iterable[_Item]
+) -> Iterator[tuple[_Item, _Made]]:
+    """(item, make(item)) in order, with some of them made in the pool before they are asked for."""
+    made: deque[Future[tuple[_Item, _Made]]] = deque()
+    for item in items:
+        made.append(pool.submit(lambda item=item: (item, make(item))))
+        if len(made) > BATCHES_AHEAD:
+            yield made.popleft().result()
+    for future in made:
+        yield future.result()
 
 
 class _Clock:

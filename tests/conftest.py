@@ -105,13 +105,13 @@ def tiny_text(tmp_path_factory) -> Path:
 
 
 def tiny_config(text: Path, cache: Path, **changes):
-    """configs/tiny.py's shape on `text`, 6 steps; `changes` as {"model.n_layer": 4} or model={"n_layer": 4}."""
+    """`text` with configs/tiny.py's shape but one layer, 6 steps; `changes` as {"model.n_layer": 4} or model={...}."""
     from llm_jax.config import default
 
     config = default()
     config.update(
         {
-            "model": dict(n_embd=32, n_head=4, n_layer=2, block_size=32),
+            "model": dict(n_embd=32, n_head=4, n_layer=1, block_size=32),
             "data": dict(path=str(text), tokenizer="byte", cache_dir=str(cache)),
             "optim": dict(peak_lr=3e-3, warmup_steps=2),
             "train": dict(batch_size=8, num_steps=6, eval_every=3, eval_batches=2, save_every=2, log_every=1),

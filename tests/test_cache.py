@@ -1,7 +1,6 @@
 """Compiled programs are kept; where the cache folder lies is tests/test_corpus.py's."""
 
 import jax
-import pytest
 
 from llm_jax.cache import keep_compiled_programs
 

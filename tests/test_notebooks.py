@@ -43,7 +43,7 @@ open("results.json", "w").write(_json.dumps(_results))
 SMALL = {
     "NUM_STEPS": 60,
     "BATCH_SIZE": 8,
-    "N_LAYER": 2,
+    "N_LAYER": 1,
     "N_HEAD": 2,
     "N_EMBD": 32,
     "BLOCK_SIZE": 32,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from llm_jax import config, data, generate, language_model, sharding, train
+from llm_jax import config, data, generate, language_model, programs, sharding
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu not installed", allow_module_level=True)
@@ -35,8 +35,8 @@ def cfg():
 
 
 @pytest.fixture(scope="module")
-def programs(cfg, mesh):
-    return train.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+def compiled(cfg, mesh):
+    return programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
 
 
 def on(placement, tree):
@@ -62,8 +62,8 @@ def test_the_chip(mesh):
     assert [(device.platform, device.device_kind) for device in mesh.devices.flat] == [("tpu", "TPU v5 lite")]
 
 
-def test_train_step(cfg, mesh, programs):
-    init, train_fn, _ = programs
+def test_train_step(cfg, mesh, compiled):
+    init, train_fn, _ = compiled
     state = on(sharding.replicated(mesh), jax.eval_shape(init))
     memory = check(train_fn.lower(state, batch(cfg, mesh)).compile())
     # The state is donated: the new one lies where the old one was.
@@ -71,21 +71,21 @@ def test_train_step(cfg, mesh, programs):
     assert memory.alias_size_in_bytes >= 0.9 * state_bytes
 
 
-def test_eval_step(cfg, mesh, programs):
-    init, _, eval_fn = programs
+def test_eval_step(cfg, mesh, compiled):
+    init, _, eval_fn = compiled
     params = on(sharding.replicated(mesh), jax.eval_shape(init).params)
     check(eval_fn.lower(params, batch(cfg, mesh)).compile())
 
 
-def test_initialisation(programs):
-    check(programs[0].lower().compile())
+def test_initialisation(compiled):
+    check(compiled[0].lower().compile())
 
 
 @pytest.mark.parametrize("slide", [False, True], ids=["cached", "sliding"])
-def test_sampler(cfg, mesh, programs, slide):
+def test_sampler(cfg, mesh, compiled, slide):
     if slide:  # what learned positions need past the context
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, use_rope=False))
-    init = train.make_programs(cfg, mesh, np.ones(1, np.int32))[0] if slide else programs[0]
+    init = programs.make_programs(cfg, mesh, np.ones(1, np.int32))[0] if slide else compiled[0]
     rows = jax.ShapeDtypeStruct((2,), np.int32), jax.ShapeDtypeStruct((2,), np.float32)
     arguments = (
         jax.eval_shape(init).params,

@@ -343,11 +343,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_costs_no_checkpoint(config, t
 
 def test_evaluation_takes_no_more_memory_than_a_micro_batch(config, tmp_path, one_device, monkeypatch):
     """With accumulation; its lines are those of whole batches."""
-    shapes, made = set(), train.make_programs
+    shapes, make = set(), train.make_programs
 
     def programs(*args):
-        init, train_fn, eval_fn = made(*args)
-        return init, train_fn, lambda params, batch: shapes.add(batch.tokens.shape) or eval_fn(params, batch)
+        made = make(*args)
+        return made._replace(
+            eval_step=lambda params, batch: shapes.add(batch.tokens.shape) or made.eval_step(params, batch)
+        )
 
     monkeypatch.setattr(train, "make_programs", programs)
     fit(config(**{"train.accumulation_steps": 4}), workdir=tmp_path / "parts")
@@ -451,8 +453,8 @@ def test_an_error_in_the_loop_leaves_no_state_on_the_device(config, copy, one_de
 def test_standard_output_holds_the_samples_alone_and_a_trace_is_written(
     config, tmp_path, one_device, monkeypatch, capsys
 ):
-    programs, made = train.make_programs, []
-    monkeypatch.setattr(train, "make_programs", lambda *args: made.extend(programs(*args)) or made)
+    make, made = train.make_programs, []
+    monkeypatch.setattr(train, "make_programs", lambda *args: made.append(make(*args)) or made[0])
     workdir = tmp_path / "run"
     changes = {"train.sample_every": 4, "train.profile_steps": 2, "train.log_every": 0, "train.eval_every": 0}
     lm = fit(config(**changes, **{"train.save_every": 0}), workdir=workdir)
@@ -460,10 +462,10 @@ def test_standard_output_holds_the_samples_alone_and_a_trace_is_written(
     last = lm.generate("the ", max_new_tokens=8)
     assert out.endswith(f"\n{last}\n") and out.count("the ") >= 2  # after step 4 and at the end
     assert out.startswith("the ") and len(out) <= 2 * (4 + 8 + 1)
-    assert "31,904 parameters" in err and "10,800 training tokens" in err and "whole validation split" in err
+    assert "20,064 parameters" in err and "10,800 training tokens" in err and "whole validation split" in err
     assert list(workdir.glob("profile/**/*.xplane.pb"))
     assert [line["step"] for line in lines(workdir)] == [STEPS] * 3  # an interval of 0: only at the end
-    assert [function._cache_size() for function in made] == [1, 1, 1]
+    assert [program._cache_size() for program in made[0]] == [1, 1, 1]
 
 
 def test_a_mistake_is_told_before_anything_is_written(config, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import model, ops, train, train_step
+from llm_jax import model, ops, programs, train_step
 from llm_jax.config import freeze
 from llm_jax.data import Batch
 from llm_jax.sharding import make_mesh, split_batch
@@ -17,7 +17,7 @@ BYTES = np.ones(19, np.int32)
 
 def make(**values):
     given = {
-        "model": dict(n_embd=16, n_head=2, n_layer=2, block_size=8, vocab_size=19),
+        "model": dict(n_embd=16, n_head=2, n_layer=1, block_size=8, vocab_size=19),
         "optim": dict(peak_lr=1e-2, warmup_steps=2),
         "train": dict(batch_size=8, num_steps=20),
     }
@@ -32,9 +32,9 @@ def some_batch(seed=0, mask=None) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((8, 8), np.float32) if mask is None else mask)
 
 
-def programs(cfg, num_devices=1):
+def compiled(cfg, num_devices=1):
     mesh = make_mesh(cfg.mesh, jax.devices()[:num_devices])
-    init, train_fn, eval_fn = train.make_programs(cfg, mesh, BYTES)
+    init, train_fn, eval_fn = programs.make_programs(cfg, mesh, BYTES)
     return init, train_fn, eval_fn, functools.partial(jax.device_put, device=split_batch(mesh))
 
 
@@ -49,7 +49,7 @@ def uneven_mask():
 def one_update(cfg, batch, optimizer, *, accumulation_steps=1, loss_fn=None, step=0):
     params = jax.jit(model.init_params, static_argnums=0)(cfg.model, jax.random.key(0))
     make_step = train_step.make_train_step(
-        loss_fn or train._loss_fn(cfg.model, make_mesh(cfg.mesh, jax.devices()[:1])),
+        loss_fn or programs.make_loss_fn(cfg.model, make_mesh(cfg.mesh, jax.devices()[:1])),
         optimizer,
         lambda count: jnp.float32(0.5),
         accumulation_steps=accumulation_steps,
@@ -97,7 +97,7 @@ def test_metrics_and_update_are_those_of_the_mean_loss_over_the_mask():
 @pytest.mark.parametrize("values", [dict(model__final_softcap=0.5), dict(model__tie_embeddings=False)], ids=str)
 def test_the_loss_is_taken_without_all_the_logits(values, monkeypatch):
     """With fewer elements in a chunk than a batch has logits, to the same numbers."""
-    cfg, batch = make(model__n_layer=1, **values), some_batch(mask=uneven_mask())
+    cfg, batch = make(**values), some_batch(mask=uneven_mask())
     params = jax.jit(model.init_params, static_argnums=0)(cfg.model, jax.random.key(0))
 
     def by_logits(params, batch, key):
@@ -109,8 +109,9 @@ def test_the_loss_is_taken_without_all_the_logits(values, monkeypatch):
         traced = str(jax.make_jaxpr(gradient)(params, batch, None)), str(jax.make_jaxpr(loss_fn)(params, batch, None))
         return ["f32[8,8,19]" in text for text in traced], jax.jit(gradient)(params, batch, None)
 
-    monkeypatch.setattr(train, "CHUNK_ELEMENTS", 3 * 19)
-    held, actual = all_of(train._loss_fn(cfg.model, make_mesh(cfg.mesh, jax.devices())))  # 8: one for each text
+    monkeypatch.setattr(programs, "CHUNK_ELEMENTS", 3 * 19)
+    loss_fn = programs.make_loss_fn(cfg.model, make_mesh(cfg.mesh, jax.devices()))  # 8: one for each text
+    held, actual = all_of(loss_fn)
     plainly_held, expected = all_of(by_logits)
     assert held == [False, False] and plainly_held == [True, True]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
@@ -148,7 +149,7 @@ def test_the_dropout_key_depends_on_the_step_and_on_the_micro_batch():
 @pytest.mark.parametrize("use_rope, use_rmsnorm", COMBINATIONS)
 def test_loss_falls_on_a_repeated_batch_and_nothing_is_compiled_twice(use_rope, use_rmsnorm):
     cfg = make(model__use_rope=use_rope, model__use_rmsnorm=use_rmsnorm, train__num_steps=30, optim__peak_lr=3e-2)
-    init, train_fn, eval_fn, put = programs(cfg)
+    init, train_fn, eval_fn, put = compiled(cfg)
     state, losses = init(), []
     for _ in range(30):
         state, metrics = train_fn(state, put(some_batch()))
@@ -161,7 +162,7 @@ def test_loss_falls_on_a_repeated_batch_and_nothing_is_compiled_twice(use_rope, 
 
 def test_eight_devices_give_one_devices_losses_with_and_without_accumulation():
     def losses(num_devices, **values):
-        init, train_fn, _, put = programs(make(train__batch_size=16, **values), num_devices)
+        init, train_fn, _, put = compiled(make(train__batch_size=16, **values), num_devices)
         state, out = init(), []
         for step in range(20):
             halves = some_batch(2 * step, uneven_mask()), some_batch(2 * step + 1)  # devices with more and less
@@ -177,7 +178,7 @@ def test_eight_devices_give_one_devices_losses_with_and_without_accumulation():
 
 
 def test_the_states_buffers_are_donated():
-    init, train_fn, _, put = programs(make())
+    init, train_fn, _, put = compiled(make())
     state = init()
     new_state, _ = train_fn(state, put(some_batch()))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -186,7 +187,7 @@ def test_the_states_buffers_are_donated():
 
 def test_the_seed_decides_the_initial_parameters():
     def norm(seed):
-        return float(jnp.sum(jnp.abs(programs(make(train__seed=seed))[0]().params["blocks"]["attn"]["q"])))
+        return float(jnp.sum(jnp.abs(compiled(make(train__seed=seed))[0]().params["blocks"]["attn"]["q"])))
 
     assert norm(0) == norm(0) != norm(1)
 
@@ -210,7 +211,7 @@ def test_eval_step_sums_nats_tokens_and_bytes_over_the_mask():
 
 def test_the_average_is_the_weighted_mean_of_the_parameters_after_each_update():
     decay = 0.9
-    init, train_fn, _, put = programs(make(optim__ema_decay=decay))
+    init, train_fn, _, put = compiled(make(optim__ema_decay=decay))
     state, seen = init(), []
     for step in range(5):
         state, _ = train_fn(state, put(some_batch(step)))
@@ -225,8 +226,8 @@ def test_the_average_is_the_weighted_mean_of_the_parameters_after_each_update():
 
 
 def test_without_an_average_the_state_holds_nothing_more_and_training_is_the_same():
-    init, train_fn, _, put = programs(make())
-    averaged_init, averaged_fn, _, _ = programs(make(optim__ema_decay=0.99))
+    init, train_fn, _, put = compiled(make())
+    averaged_init, averaged_fn, _, _ = compiled(make(optim__ema_decay=0.99))
     state, averaged = init(), averaged_init()
     for step in range(3):
         (state, metrics), (averaged, same) = (
@@ -256,7 +257,7 @@ def test_the_average_of_bfloat16_parameters_moves_by_less_than_bfloat16_shows():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_with_bfloat16_compute_parameters_and_optimizer_state_stay_float32(name):
     cfg = make(model__compute_dtype="bfloat16", optim__name=name, optim__ema_decay=0.9)
-    init, train_fn, _, put = programs(cfg)
+    init, train_fn, _, put = compiled(cfg)
     state, _ = train_fn(init(), put(some_batch()))
     floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert len(floats) > 3 * len(jax.tree.leaves(state.params)) and set(floats) == {jnp.dtype("float32")}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import model, sharding, train
+from llm_jax import model, programs, sharding
 from llm_jax.bench import torch_peers
 from llm_jax.bench.contenders import (
     Contender,
@@ -141,7 +141,7 @@ def _why_no_peer(cfg: Config, device: dict[str, Any]) -> str | None:
     if missing := torch_peers.missing("torch", "transformers"):
         return missing
     if device["count"] > 1:
-        return f"it runs on one device, and the mesh has {facts['device']['count']}"
+        return f"it runs on one device, and the mesh has {device['count']}"
     return torch_peers.inexpressible(cfg.model)
 
 
@@ -192,7 +192,7 @@ class Ours:
         self._memory = HostMemory()
         mesh = sharding.make_mesh(cfg.mesh, jax.devices())
         sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
-        init, self._train_fn, _ = train.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+        init, self._train_fn, _ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
         self._cfg, self._mesh = cfg, mesh
         self._batches = [Batch(*arrays) for arrays in random_batches(cfg)]
         self._state = jax.block_until_ready(init())

@@ -1,0 +1,119 @@
+"""What a run compiles: its first state, one training step, one evaluation step; for one run or several at once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, UInt
+
+from llm_jax import data, model, ops, optim, sharding, train_step
+from llm_jax.config import Config, ModelConfig, split_runs
+
+# Logits that the loss takes at a time, on each device. Every chunk adds to the whole gradient of the output matrix,
+# which on an accelerator costs the time of some 400 rows' products (about 300 flops for a byte moved), and on
+# several CPUs is sent each time: chunks of 1000 rows and more hide it. By arithmetic, not measured.
+CHUNK_ELEMENTS = 2**27
+
+
+class Programs(NamedTuple):
+    """Compiled for the mesh: the state on every device, the batch split over them.
+
+    Of R > 1 runs in one program (`config.split_runs`) every leaf of state, batch, metrics and sums has a leading
+    axis R, but for the batch of an evaluation, which is the same for all.
+    """
+
+    init: Callable[[], train_step.TrainState]
+    train_step: Callable[[train_step.TrainState, data.Batch], tuple[train_step.TrainState, train_step.Metrics]]
+    eval_step: Callable[[Any, data.Batch], train_step.EvalSums]
+
+
+def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: Int[np.ndarray, "V"]) -> Programs:
+    """The programs of all runs of a config whose `model.vocab_size` is known."""
+    runs = split_runs(cfg)
+    loss_fn = make_loss_fn(cfg.model, mesh)
+    padded_bytes = np.zeros(cfg.model.vocab_size, np.int32)
+    padded_bytes[: len(token_bytes)] = token_bytes
+    eval_step = train_step.make_eval_step(loss_fn, padded_bytes)
+    if len(runs) == 1:
+        (run,) = runs
+        init, step = _of_one_run(run, run.train.seed, None, loss_fn)
+    else:
+        init, step, eval_step = _of_several_runs(runs, loss_fn, eval_step, on_cpu=sharding.is_cpu(mesh))
+    everywhere = sharding.replicated(mesh)
+    return Programs(
+        jax.jit(init, out_shardings=everywhere),
+        jax.jit(step, donate_argnums=0, out_shardings=everywhere),
+        jax.jit(eval_step, out_shardings=everywhere),
+    )
+
+
+def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn:
+    """Next-token cross entropy of the network as it is best executed on the mesh."""
+    network = model.Transformer(model.for_mesh(cfg, mesh))
+    chunk_elements = None if mesh.size == 1 and sharding.is_cpu(mesh) else mesh.size * CHUNK_ELEMENTS
+
+    def loss_fn(params: model.Params, batch: data.Batch, key: Array | None) -> tuple[Array, Array]:
+        dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
+        hidden, output, _ = network.apply({"params": params}, batch.tokens, method="hidden", **dropout)
+        return ops.linear_cross_entropy(
+            hidden, output, batch.targets, batch.mask, softcap=cfg.final_softcap, chunk_elements=chunk_elements
+        )
+
+    return loss_fn
+
+
+def _of_one_run(
+    cfg: Config, seed: int | UInt[Array, ""], rates: optim.Rates | None, loss_fn: train_step.LossFn
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(init, step); seed and rates, which stand for the config's, may be traced."""
+    num_steps = cfg.train.num_steps
+    axes = model.param_axes(cfg.model)
+    optimizer = optim.make_optimizer(cfg.optim, num_steps=num_steps, axes=axes, rates=rates)
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+
+    def init() -> train_step.TrainState:
+        params = model.init_params(cfg.model, init_key)
+        return train_step.init_state(params, optimizer, average=cfg.optim.ema_decay > 0)
+
+    step = train_step.make_train_step(
+        loss_fn,
+        optimizer,
+        optim.make_schedule(cfg.optim, num_steps=num_steps, rates=rates),
+        accumulation_steps=cfg.train.accumulation_steps,
+        run_key=run_key,
+    )
+    return init, train_step.with_average(step, cfg.optim.ema_decay) if cfg.optim.ema_decay else step
+
+
+def _of_several_runs(
+    runs: tuple[Config, ...], loss_fn: train_step.LossFn, eval_step: Callable[..., Any], *, on_cpu: bool
+) -> tuple[Callable[..., Any], ...]:
+    """(init, step, eval_step) over a leading axis of runs."""
+    cfg = runs[0]
+    seeds = np.array([run.train.seed for run in runs], np.uint32)
+    rates = optim.Rates(
+        np.array([run.optim.peak_lr for run in runs], np.float32),
+        np.array([run.optim.final_lr for run in runs], np.float32),
+    )
+
+    def over_runs(function: Callable[..., Any], *arguments: Any) -> Any:
+        # A CPU computes batched products slowly: eight runs of tiny.py take 7 to 12 times one's time with vmap.
+        return jax.lax.map(lambda xs: function(*xs), arguments) if on_cpu else jax.vmap(function)(*arguments)
+
+    def init() -> Any:
+        return over_runs(lambda seed, rates: _of_one_run(cfg, seed, rates, loss_fn)[0](), seeds, rates)
+
+    def step(state: Any, batch: Any) -> Any:
+        return over_runs(
+            lambda seed, rates, state, batch: _of_one_run(cfg, seed, rates, loss_fn)[1](state, batch),
+            seeds,
+            rates,
+            state,
+            batch,
+        )
+
+    def evaluate(params: Any, batch: data.Batch) -> Any:
+        return over_runs(lambda params: eval_step(params, batch), params)
+
+    return init, step, evaluate

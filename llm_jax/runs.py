@@ -1,0 +1,95 @@
+"""One run, or several that train as one program: their folders, checkpoints, and parts of the stacked state."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from llm_jax import checkpoint, pretrained, sharding
+from llm_jax.config import Config, split_runs
+from llm_jax.tokenizers import Tokenizer
+from llm_jax.train_step import TrainState
+
+
+class Runs:
+    """The runs of a config. Several lie in `workdir`/run_<n>, each a folder like that of a run that trained alone."""
+
+    def __init__(self, cfg: Config, workdir: Path) -> None:
+        self.configs = split_runs(cfg)
+        self.stacked = len(self.configs) > 1  # then arrays of the state have a leading axis of runs
+        self.folders = [workdir / f"run_{n}" for n in range(len(self))] if self.stacked else [workdir]
+        # What tells the lines of metrics.jsonl apart.
+        self.labels: list[dict[str, Any]] = [
+            {"seed": run.train.seed, "peak_lr": run.optim.peak_lr} if self.stacked else {} for run in self.configs
+        ]
+        self._managers: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.configs)
+
+    def part(self, tree: Any, n: int) -> Any:
+        """Run n's part of a tree of the state."""
+        return _part(tree, n) if self.stacked else tree
+
+    def write(self, tokenizer: Tokenizer) -> None:
+        if self.stacked:
+            for run, folder in zip(self.configs, self.folders, strict=True):
+                pretrained.write_run(folder, run, tokenizer)
+
+    @contextlib.contextmanager
+    def open_checkpoints(self) -> Iterator[None]:
+        # Several are saved one after the other: with one more than is asked for, all still have one step in common
+        # when a kill comes between two of them.
+        keep = self.configs[0].train.keep_checkpoints + self.stacked
+        with contextlib.ExitStack() as stack:
+            self._managers = [
+                stack.enter_context(checkpoint.open_checkpoints(folder / "checkpoints", keep=keep))
+                for folder in self.folders
+            ]
+            yield
+
+    def restore_or_init(self, init: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
+        """The state of the last step that all runs have saved; checkpoints after it are removed."""
+        saved = [set(manager.all_steps()) for manager in self._managers]
+        common = set.intersection(*saved)
+        for manager, steps in zip(self._managers, saved, strict=True):
+            for later in (each for each in steps if each > max(common, default=-1)):
+                manager.delete(later)
+        if not common:
+            return init()
+        step = max(common)
+        everywhere = sharding.replicated(mesh)
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape[1:] if self.stacked else leaf.shape, leaf.dtype, sharding=everywhere
+            ),
+            jax.eval_shape(init),
+        )
+        parts = [checkpoint.restore(manager, step, _saved(like)) for manager in self._managers]
+        if not self.stacked:
+            return TrainState(jax.device_put(np.int32(step), everywhere), **parts[0])
+        steps = jax.device_put(np.full(len(self), step, np.int32), everywhere)
+        return TrainState(steps, **jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+
+    def save(self, step: int, state: TrainState, val_losses: Sequence[float | None]) -> None:
+        for n, manager in enumerate(self._managers):
+            checkpoint.save(manager, step, _saved(self.part(state, n)), val_loss=val_losses[n])
+
+    def wait_until_saved(self) -> None:
+        for manager in self._managers:
+            manager.wait_until_finished()
+
+
+@jax.jit
+def _part(tree: Any, n: Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda leaf: leaf[n], tree)
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    """The trees of a checkpoint: all of the state but the step, which is the checkpoint's number."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
