@@ -3,9 +3,6 @@
 import os
 from pathlib import Path
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
-
 
 def cache_folder(cache_dir: str | None = None) -> Path:
     """`cache_dir`, else $LLM_JAX_CACHE, else ~/.cache/llm_jax."""
@@ -18,6 +15,9 @@ def keep_compiled_programs(folder: Path) -> None:
     Whoever has set jax's own cache (jax_compilation_cache_dir, or jax_enable_compilation_cache to False) is left
     alone, and a folder that cannot be written is no error: a cache only saves time.
     """
+    import jax  # here, so that tokenizing needs none
+    from jax.experimental.compilation_cache import compilation_cache
+
     compiled = (folder / "compiled").absolute()
     if jax.config.jax_compilation_cache_dir is not None:
         return

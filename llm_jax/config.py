@@ -23,7 +23,7 @@ MLPS = ("gelu", "gelu_tanh", "swiglu", "geglu", "relu2")
 ROPE_SCALINGS = ("linear", "ntk", "llama3", "yarn")
 LAYER_TYPES = ("full", "sliding")
 DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("auto", "plain", "blockwise")
+ATTENTIONS = ("auto", "plain", "blockwise", "cudnn", "splash")
 LAYER_EXECUTIONS = ("auto", "scan", "unrolled")
 REMATS = ("none", "block", "dots")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
@@ -66,7 +66,7 @@ class ModelConfig:
     final_softcap: float | None = None  # the same on the logits
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
-    attention: str = "auto"  # auto | plain | blockwise
+    attention: str = "auto"  # auto (the fastest that fits) | plain | blockwise | cudnn | splash
     layer_execution: str = "auto"  # auto | scan | unrolled
     remat: str = "none"  # activations kept: none (all) | block (only each block's input) | dots
 

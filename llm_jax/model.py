@@ -111,6 +111,7 @@ class Attention(nn.Module):
 
     cfg: ModelConfig
     window: int
+    mesh: jax.sharding.Mesh | None
 
     @nn.compact
     def __call__(
@@ -126,11 +127,22 @@ class Attention(nn.Module):
         if cache is None:
             # A window no shorter than the text is no window, and lets attention take its fastest path.
             window = self.window if self.window < x.shape[1] else None
-            out = ops.attention(q, k, v, window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
+            out = _attend(self.mesh, q, k, v, window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
         else:
             cache, k, v, mask = ops.update_layer_cache(cache, k, v, positions, window=self.window)
             out = ops.masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, softcap=cfg.attn_softcap)
         return _project(self, out, "o", "btnh,nhd->btd", _residual_matrix(cfg)), cache
+
+
+def _attend(mesh: jax.sharding.Mesh | None, q: Array, k: Array, v: Array, **how: Any) -> Array:
+    """Each device attends in its own texts: a kernel, or a loop over texts, knows nothing of the others'."""
+    if mesh is None:
+        return ops.attention(q, k, v, **how)
+    attend = functools.partial(ops.attention, device=mesh.devices.flat[0], **how)
+    if mesh.size == 1:
+        return attend(q, k, v)
+    split = sharding.split_batch(mesh).spec
+    return jax.shard_map(attend, mesh=mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
 
 
 def _project(module: nn.Module, x: Array, name: str, equation: str, init: nn.initializers.Initializer) -> Array:
@@ -181,6 +193,7 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     window: int
+    mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -192,7 +205,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], ops.LayerCache | None]:
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
-        update, cache = Attention(cfg, self.window, name="attn")(norm(cfg, "attn_norm")(x), positions, cache)
+        attention = Attention(cfg, self.window, self.mesh, name="attn")
+        update, cache = attention(norm(cfg, "attn_norm")(x), positions, cache)
         x = x + dropout(update)
         return x + dropout(MLP(cfg, name="mlp")(norm(cfg, "mlp_norm")(x))), cache
 
@@ -228,6 +242,9 @@ class Transformer(nn.Module):
     With `use_rope`, a text longer than `block_size` is attended with a window of `block_size`; learned
     positions have no row for it, and it is a ValueError.
 
+    Args:
+        mesh: where it will run, the batch split over "data"; None: on the default device.
+
     Args of a call:
         tokens: ids below vocab_size.
         positions: of each token in its own text; None: 0..T-1. Negative: padding, which a cache ignores.
@@ -236,6 +253,7 @@ class Transformer(nn.Module):
     """
 
     cfg: ModelConfig
+    mesh: jax.sharding.Mesh | None = None
 
     def __call__(
         self,
@@ -275,24 +293,20 @@ class Transformer(nn.Module):
         else:
             blocks = self.param("blocks", functools.partial(_init_blocks, cfg))
         dropout_key = None if deterministic or not cfg.dropout else self.make_rng("dropout")
-        x, cache = _run_blocks(cfg, blocks, x, positions, cache, dropout_key)
+        x, cache = _run_blocks(cfg, self.mesh, blocks, x, positions, cache, dropout_key)
         x = norm(cfg, "final_norm")(x)
         return x, embed.tokens if cfg.tie_embeddings else Head(cfg, name="lm_head")(), cache
 
 
 def for_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
-    """Replaces "auto" in layer_execution and attention by what is best where a training step will run.
+    """Replaces "auto" in layer_execution by what is best where a training step will run.
 
     On a CPU an unrolled step takes 0.85 of a scanned one's time and compiles as fast (6 layers, 128 wide);
-    on accelerators a scan keeps compile time independent of depth. Blockwise attention is sized for a CPU's
-    caches, and its loop runs over batch and heads, which must then lie on one device.
+    on accelerators a scan keeps compile time independent of depth.
     """
-    on_cpu = sharding.is_cpu(mesh)
-    best = {
-        "layer_execution": "unrolled" if on_cpu else "scan",
-        "attention": "auto" if on_cpu and mesh.size == 1 else "plain",
-    }
-    return dataclasses.replace(cfg, **{name: best[name] for name in best if getattr(cfg, name) == "auto"})
+    if cfg.layer_execution != "auto":
+        return cfg
+    return dataclasses.replace(cfg, layer_execution="unrolled" if sharding.is_cpu(mesh) else "scan")
 
 
 def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
@@ -310,6 +324,7 @@ def _init_blocks(cfg: ModelConfig, key: Array) -> Params:
 
 def _run_blocks(
     cfg: ModelConfig,
+    mesh: jax.sharding.Mesh | None,
     blocks: Params | tuple[Params, ...],
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
@@ -321,7 +336,7 @@ def _run_blocks(
 
     def block(window: int, params: Params, layer: Array | int, x: Array, cache: Any = None) -> tuple[Array, Any]:
         rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, layer)}
-        return Block(cfg, window).apply(
+        return Block(cfg, window, mesh).apply(
             {"params": params}, x, positions, cache, deterministic=dropout_key is None, rngs=rngs
         )
 

@@ -50,7 +50,7 @@ def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: Int[np.ndar
 
 def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn:
     """Next-token cross entropy of the network as it is best executed on the mesh."""
-    network = model.Transformer(model.for_mesh(cfg, mesh))
+    network = model.Transformer(model.for_mesh(cfg, mesh), mesh)
     chunk_elements = None if mesh.size == 1 and sharding.is_cpu(mesh) else mesh.size * CHUNK_ELEMENTS
 
     def loss_fn(params: model.Params, batch: data.Batch, key: Array | None) -> tuple[Array, Array]:

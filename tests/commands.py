@@ -59,7 +59,7 @@ class Commands:
     def __init__(self, folder: Path, **env: str):
         self._folder, self._count = folder, 0
         # The test process has its fake devices from jax.config; what a user's shell would not have stays out.
-        inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+        inherited = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
         compiling = {  # each program once, and quickly
             "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

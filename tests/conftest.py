@@ -1,6 +1,7 @@
 """8 fake CPU devices, annotations of shape and type checked, a tiny config, and no silent skips in CI."""
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import random
@@ -12,9 +13,9 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's newer emitters of fused loops compile at half the speed of the older ones; jax 0.12 has only the newer. The
-# processes that tests start take no XLA_FLAGS (`clean_env`), so they compile as a user's.
+# processes of `clean_env` take no XLA_FLAGS, and compile as a user's; those of commands.py take this.
 if importlib.metadata.version("jax").split(".")[:2] in (["0", minor] for minor in ("7", "8", "9", "10")):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 import beartype
 import jax
@@ -66,6 +67,14 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(line)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_what_is_compiled():
+    """Else a process holds the programs of a thousand tests, some GiB of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
@@ -105,7 +114,7 @@ def tiny_text(tmp_path_factory) -> Path:
 
 
 def tiny_config(text: Path, cache: Path, **changes):
-    """`text` with configs/tiny.py's shape but one layer, 6 steps; `changes` as {"model.n_layer": 4} or model={...}."""
+    """`text` with configs/tiny.py's shape, one layer, 6 steps; `changes` as {"model.n_layer": 4} or model={...}."""
     from llm_jax.config import default
 
     config = default()

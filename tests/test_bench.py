@@ -51,6 +51,7 @@ def torch_or_skip(*packages):
 # -- The commands
 
 
+@pytest.mark.slow
 def test_train_beside_transformers(bench):
     torch_or_skip("torch", "transformers")
     result, told = bench("train", f"--config={TINY}", *SMALLER, *QUICK, "--peers=eager", "--peak_flops=1e9")
@@ -77,6 +78,7 @@ def test_train_beside_transformers(bench):
     assert "tokens/s" in told and f"{ours['parameters']:,}" in told
 
 
+@pytest.mark.slow
 def test_attention_beside_torch(bench):
     torch_or_skip("torch")
     result, told = bench("attention", "--shapes=B2T64N2H8,B1T128N2H8", *QUICK, "--dtype=bfloat16")
@@ -143,6 +145,7 @@ def test_help_has_the_formula(commands, tmp_path):
 # -- Time to a loss
 
 
+@pytest.mark.slow
 def test_time_to_a_loss(tiny_text, bench):
     """And a config that no transformers model can take: ours is measured alone."""
     changes = ["train.num_steps=1000000", "train.eval_every=10", f"data.path={tiny_text}", "model.mlp=relu2"]
@@ -177,6 +180,7 @@ def pretended_run(tmp_path, monkeypatch):
     return pretend
 
 
+@pytest.mark.slow
 def test_time_to_a_loss_ends_with_the_first_evaluation_below(pretended_run, tmp_path):
     reached = pretended_run([2.0, 1.5, 1.4, 1.3], 0)
     assert (reached["step"], reached["val_loss"]) == (20, 1.5) and 0.3 <= reached["seconds"] < 0.9
@@ -185,6 +189,7 @@ def test_time_to_a_loss_ends_with_the_first_evaluation_below(pretended_run, tmp_
     assert f"--config.train.eval_batches={10**9}" in arguments  # the whole split
 
 
+@pytest.mark.slow
 def test_time_to_a_loss_that_is_not_reached(pretended_run):
     missed = pretended_run([2.0, 1.7, 1.8], 0)
     assert missed == {"target_loss": 1.6, "seconds": None, "step": 20, "val_loss": 1.7}

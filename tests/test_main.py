@@ -267,6 +267,7 @@ def test_sigint_and_sigterm_save_and_the_same_command_continues(commands, argume
     assert result.stdout == unstopped[1].stdout
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_costs_only_time(commands, arguments, unstopped, tmp_path):
     workdir, stderr = tmp_path / "run", lambda: process.stderr.read_text()
     moments = {

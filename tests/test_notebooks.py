@@ -76,7 +76,7 @@ def run(name, folder, *, settings, expressions):
             parts.append("\n".join(f"{key} = {value!r}" for key, value in settings.items()))
     script = folder / f"{name}.py"
     script.write_text("\n\n".join([*parts, EPILOGUE.format(expressions=expressions)]), encoding="utf-8")
-    env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    env = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     env |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
@@ -232,6 +232,7 @@ def test_install_cell_leaves_jax_alone(name, monkeypatch, capsys):
         exec(filled_in, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_figure_is_drawn(name, request):
     _, _, figures = request.getfixturevalue(name)
@@ -240,6 +241,7 @@ def test_every_figure_is_drawn(name, request):
     assert all(figure.stat().st_size > 10_000 for figure in figures)
 
 
+@pytest.mark.slow
 def test_quickstart_trains(quickstart):
     _, results, _ = quickstart
     assert results["num_steps"] == SMALL["NUM_STEPS"] == results["last"]["step"]
@@ -249,6 +251,7 @@ def test_quickstart_trains(quickstart):
     assert 0 < results["last"]["bits_per_byte_full"] < 8
 
 
+@pytest.mark.slow
 def test_quickstart_samples(quickstart):
     out, results, _ = quickstart
     assert all(f"--- temperature {temperature} ---\nthe " in out for temperature in ("0.0", "0.8", "1.3"))
@@ -260,6 +263,7 @@ def test_quickstart_samples(quickstart):
     assert 1 <= kept < vocabulary == SMALL["VOCAB_SIZE"]
 
 
+@pytest.mark.slow
 def test_quickstart_compares_models_of_one_size(quickstart):
     _, results, _ = quickstart
     modern, old = results["parameters"]
@@ -268,6 +272,7 @@ def test_quickstart_compares_models_of_one_size(quickstart):
     assert abs(modern - (old - 64 * 64)) / modern < 0.02
 
 
+@pytest.mark.slow
 def test_pure_functions_of_positions_and_norms(pure_functions):
     _, results, _ = pure_functions
     assert results["rope_spread"] < 1e-4 and results["score_range"] > 1
@@ -277,6 +282,7 @@ def test_pure_functions_of_positions_and_norms(pure_functions):
     assert results["norm_grad_error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_pure_functions_of_logits(pure_functions):
     _, results, _ = pure_functions
     top_k, top_p, min_p = results["kept"]
@@ -288,6 +294,7 @@ def test_pure_functions_of_logits(pure_functions):
     assert results["loss_grad_error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_pure_functions_of_attention(pure_functions):
     _, results, _ = pure_functions
     causal, window, segments, softcap = results["weights"].values()
@@ -301,6 +308,7 @@ def test_pure_functions_of_attention(pure_functions):
     assert results["attention_error"] < 1e-4
 
 
+@pytest.mark.slow
 def test_pure_functions_train_a_model(pure_functions):
     _, results, _ = pure_functions
     first, last = results["losses"]

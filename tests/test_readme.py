@@ -32,6 +32,7 @@ def workplace(tmp_path_factory, clean_env):
     return folder, environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "code"),
     [(language, code) for mark, language, code in BLOCKS if not mark],

@@ -52,7 +52,7 @@ def test_no_file_is_no_lines(tmp_path):
 
 def test_progress_goes_to_standard_error(tmp_path, capsys):
     with Report(tmp_path, first_step=0, num_steps=10) as report:
-        report.progress(5, {"loss": 1.23456, "tokens_per_second": 45678.9})
+        report.progress(5, [{"loss": 1.23456, "tokens_per_second": 45678.9}])
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("step 5/10 | loss 1.2346 | 45,679 tokens/s | 0:0")
 

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -106,6 +107,74 @@ def test_shakespeare(clean_env, tmp_path):
         runs,
     )
     assert mean <= 1.73
+
+
+def seconds_to_first_line(env, workdir) -> float:
+    """From the command to the line of its first finished step in metrics.jsonl; then it is killed."""
+    flags = ["--config=configs/small.py", "--config.train.log_every=1", f"--workdir={workdir}"]
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "llm_jax.main", *flags], cwd=ROOT, env=env)
+    try:
+        while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
+            assert process.poll() is None and time.monotonic() - start < 120
+            time.sleep(0.02)
+        return time.monotonic() - start
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_first_step(clean_env, tmp_path):
+    """configs/small.py with its tokens cached; each time a new workdir, so that the step is the run's first."""
+    env = clean_env | {"LLM_JAX_CACHE": str(tmp_path / "cache")}
+    seconds_to_first_line(env, tmp_path / "tokens")
+    cold, warm = [], []
+    for repetition in range(3):
+        shutil.rmtree(tmp_path / "cache/compiled")
+        cold.append(seconds_to_first_line(env, tmp_path / f"cold{repetition}"))
+        warm.append(seconds_to_first_line(env, tmp_path / f"warm{repetition}"))
+    report(
+        "first_step",
+        "`configs/small.py`, from the command to its first finished step, tokens cached",
+        f"{median(cold):.1f} s; {median(warm):.1f} s with what the last run compiled",
+        "first_step",
+        [{"cold": cold, "warm": warm}],
+    )
+    assert median(warm) < median(cold)
+
+
+def test_eight_seeds(clean_env, tmp_path):
+    """configs/tiny.py: eight runs in one program beside one, in turns; then their losses beside single runs'."""
+    env = clean_env | {"LLM_JAX_CACHE": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+    def train(name, *changes):
+        command = ("-m", "llm_jax.main", "--config=configs/tiny.py", f"--workdir={tmp_path / name}")
+        _, seconds = run(env, *command, *(f"--config.{change}" for change in changes))
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return seconds, [line for line in lines if "loss" in line]
+
+    train("tokens")
+    one, eight = [], []
+    for repetition in range(3):
+        one.append(train(f"one{repetition}")[0])
+        eight.append(train(f"eight{repetition}", "train.seeds=8")[0])
+    every = ("train.num_steps=100", "train.log_every=1")
+    together = train("all", "train.seeds=8", *every)[1]
+    differences = []
+    for seed in range(8):
+        alone = train(f"alone{seed}", f"train.seed={seed}", *every)[1]
+        theirs = [line["loss"] for line in together if line["seed"] == seed]
+        assert len(theirs) == len(alone) == 100
+        differences += [abs(a - line["loss"]) for a, line in zip(theirs, alone, strict=True)]
+    report(
+        "eight_seeds",
+        "Eight seeds of `configs/tiny.py` in one program, beside one seed, whole commands",
+        f"{median(eight) / median(one):.2f} times one seed's {median(one):.1f} s; over 100 steps no loss differs by "
+        f"more than {max(differences):.1e} from the run's that trained alone",
+        "eight_seeds",
+        [{"one": one, "eight": eight, "largest_difference": max(differences)}],
+    )
+    assert max(differences) < 1e-4
 
 
 def bench(env, *arguments) -> dict:

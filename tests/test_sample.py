@@ -21,14 +21,6 @@ def commands(tmp_path_factory):
     started.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """As in the commands, so that the same request gives the same floats here and there."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def sample(commands, tiny_run):
     """`sample("--seed=1")`: the standard output of a command that succeeds, and tells nothing besides."""

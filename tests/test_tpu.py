@@ -65,10 +65,28 @@ def test_the_chip(mesh):
 def test_train_step(cfg, mesh, compiled):
     init, train_fn, _ = compiled
     state = on(sharding.replicated(mesh), jax.eval_shape(init))
-    memory = check(train_fn.lower(state, batch(cfg, mesh)).compile())
+    program = train_fn.lower(state, batch(cfg, mesh)).compile()
+    memory = check(program)
+    assert "splash" in program.as_text()  # attention by the chip's kernel
     # The state is donated: the new one lies where the old one was.
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= 0.9 * state_bytes
+
+
+def test_train_step_in_bfloat16_on_eight_chips(cfg):
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    mesh = sharding.make_mesh(config.MeshConfig(), topology.devices)
+    cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, compute_dtype="bfloat16"),
+        train=dataclasses.replace(cfg.train, batch_size=16),
+    )
+    init, train_fn, _ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+    state = on(sharding.replicated(mesh), jax.eval_shape(init))
+    program = train_fn.lower(state, batch(cfg, mesh)).compile()
+    check(program)
+    text = program.as_text()
+    assert "splash" in text and "all-reduce" in text and "all-gather" not in text  # each chip has its own texts
 
 
 def test_eval_step(cfg, mesh, compiled):
@@ -97,6 +115,7 @@ def test_sampler(cfg, mesh, compiled, slide):
     lowered = language_model._generate.lower(
         cfg.model,
         *on(sharding.replicated(mesh), arguments),
+        num_ids=cfg.model.vocab_size,
         max_new_tokens=cfg.sample.max_new_tokens,
         slide=slide,
         stop_tokens=(0,),

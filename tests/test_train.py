@@ -468,6 +468,27 @@ def test_standard_output_holds_the_samples_alone_and_a_trace_is_written(
     assert [program._cache_size() for program in made[0]] == [1, 1, 1]
 
 
+def test_nothing_is_compiled_again(config, tmp_path, one_device, monkeypatch):
+    """Once a step, an evaluation, a save and a sample are through, the rest of the run compiles nothing."""
+    compiled, counts = [], {}
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: event.endswith("backend_compile_duration") and compiled.append(event)
+    )
+    try:
+        log = train.Report.log
+
+        def logging(self, step, line):
+            counts.setdefault(step, len(compiled))
+            log(self, step, line)
+
+        monkeypatch.setattr(train.Report, "log", logging)
+        every = {f"train.{what}_every": 2 for what in ("eval", "save", "sample", "log")}
+        fit(config(**every, **{"train.num_steps": 10}), workdir=tmp_path / "run")
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert counts[2] > 0 and counts[4] == counts[10] == len(compiled)
+
+
 def test_a_mistake_is_told_before_anything_is_written(config, tmp_path):
     workdir = tmp_path / "run"
     assert "devices (8)" in error_of(fit, config(**{"train.batch_size": 6}), workdir=workdir)

@@ -15,12 +15,12 @@ import numpy as np
 from llm_jax import ops
 from llm_jax.bench import torch_peers
 from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, cores, mebibytes, ratios, table
-from llm_jax.config import ATTENTIONS
 from llm_jax.errors import InputError
 from llm_jax.report import say
 
 Shape = tuple[int, int, int, int]  # B, T, N, H
 SDPA = "torch SDPA"
+KERNELS = {"gpu": ("cudnn",), "tpu": ("splash",)}  # elsewhere they can't run, or are only interpreted
 
 
 def parse_shape(text: str) -> Shape:
@@ -49,7 +49,7 @@ def measure(
     for i, shape in enumerate(shapes):
         name = "B{}T{}N{}H{}".format(*shape)
         facts, contenders = {}, []
-        for implementation in ATTENTIONS:
+        for implementation in ("auto", "plain", "blockwise", *KERNELS.get(device["platform"], ())):
             try:
                 facts[implementation] = ours.call("compile", implementation, shape)
             except WorkerError as error:

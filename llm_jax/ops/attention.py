@@ -1,10 +1,10 @@
-"""Attention: the plain form that every fast one is tested against, and a blockwise one.
+"""Attention: the plain form that every fast one is tested against, a blockwise one, and the choice among all.
 
-Both take grouped heads as they are (query head n reads key head n // G), float32 scores, and the
-same masks.
+All take grouped heads as they are (query head n reads key head n // G), float32 scores, and the same masks.
 """
 
 import math
+import warnings
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from llm_jax.ops.fused_attention import cudnn_attention, splash_attention, why_not_cudnn
+
 # Finite, not -inf: a left-padded row has no visible key, and softmax of all -inf is NaN.
 MASK_VALUE = float(jnp.finfo(jnp.float32).min)
+
+IMPLEMENTATIONS = ("auto", "plain", "blockwise", "cudnn", "splash")
 
 
 def attention(
@@ -25,7 +29,8 @@ def attention(
     window: int | None = None,
     segments: Int[Array, "B T"] | None = None,
     softcap: float | None = None,
-    implementation: Literal["auto", "plain", "blockwise"] = "auto",
+    implementation: Literal["auto", "plain", "blockwise", "cudnn", "splash"] = "auto",
+    device: jax.Device | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(mask(softcap(q k^T / sqrt(H)))) v, with query head n on key head n // (N // K).
 
@@ -35,16 +40,31 @@ def attention(
 
     implementation: "plain" holds the T x S scores in memory; "blockwise" (Dao et al. 2022,
     "FlashAttention", in plain JAX) holds one block of queries at a time and keeps only the
-    log-sum-exp for its gradient, so memory is linear in T; "auto" chooses by size.
-    Raises ValueError where a mask needs S == T and they differ, or the heads don't divide.
+    log-sum-exp for its gradient, so memory is linear in T; "cudnn" is the flash attention of NVIDIA's library
+    (no soft-cap, no segments, no float32), "splash" the Pallas kernel for TPUs. "auto" takes the fused kernel of
+    the device, else by size a blockwise or plain form; where the kernel can't serve a call, a warning says why.
+
+    device: "auto" chooses for it; None: the default one.
+    Raises ValueError where a mask needs S == T and they differ, the heads don't divide, or the implementation that
+    is named can't serve.
     """
     query_time, key_time = q.shape[1], k.shape[1]
     causal = causal or window is not None
+    device = device or jax.devices()[0]
     _check(q, k, causal=causal, window=window, segments=segments, implementation=implementation)
     if implementation == "auto":
-        implementation = "blockwise" if query_time == key_time >= AUTO_BLOCKWISE_LENGTH else "plain"
+        implementation = _choose(q, k, device, segments=segments, softcap=softcap)
+    elif implementation == "cudnn" and (reason := why_not_cudnn(q, device, segments=segments, softcap=softcap)):
+        raise ValueError(f"cuDNN's attention can't serve this call: {reason}")
+    if implementation == "cudnn":
+        return cudnn_attention(q, k, v, causal=causal, window=window)
+    if implementation == "splash":
+        interpret = device.platform != "tpu"
+        masked = dict(causal=causal, window=window, segments=segments, softcap=softcap)
+        return splash_attention(q, k, v, **masked, interpret=interpret)
     if implementation == "blockwise":
-        return _blockwise(q, k, v, segments, _Static(causal, window, softcap))
+        tile = TILE_ELEMENTS if device.platform == "cpu" else ACCELERATOR_TILE_ELEMENTS
+        return _blockwise(q, k, v, segments, _Static(causal, window, softcap, tile))
     mask = jnp.ones((1, query_time, key_time), bool)
     t, s = jnp.arange(query_time)[:, None], jnp.arange(key_time)
     if causal:
@@ -89,10 +109,25 @@ def _check(q, k, *, causal, window, segments, implementation):
         )
     if window is not None and window < 1:
         raise ValueError(f"window ({window}) must be at least 1: a query sees itself")
-    if implementation not in ("auto", "plain", "blockwise"):
-        raise ValueError(f"implementation {implementation!r} is not one of auto, plain, blockwise")
-    if implementation == "blockwise" and query_time != key_time:
-        raise ValueError(f"blockwise attention needs S == T, got T={query_time} and S={key_time}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation not in ("auto", "plain") and query_time != key_time:
+        raise ValueError(f"{implementation} attention needs S == T, got T={query_time} and S={key_time}")
+
+
+def _choose(q, k, device, *, segments, softcap):
+    time = q.shape[1]
+    if time != k.shape[1] or time < AUTO_BLOCKWISE_LENGTH:
+        return "plain"
+    if device.platform == "tpu":
+        return "splash"
+    if device.platform == "gpu":
+        reason = why_not_cudnn(q, device, segments=segments, softcap=softcap)
+        if reason is None:
+            return "cudnn"
+        # Python shows a warning of the same words once.
+        warnings.warn(f"attention runs without cuDNN's kernel: {reason}", stacklevel=3)
+    return "blockwise"
 
 
 def einsum_f32(equation: str, a: Array, b: Array) -> Array:
@@ -126,6 +161,7 @@ def _cap(scores, softcap):
 
 QUERY_BLOCK = 64
 TILE_ELEMENTS = 2**17
+ACCELERATOR_TILE_ELEMENTS = 2**27  # no cache to stay in, but memory: half a GiB of float32 (not measured)
 MAX_RUNS = 8  # key ranges of different length: bounds the compiled program's size
 # Value and gradient, plain against blockwise, on 2 CPU cores: T=64 2.1 / 1.7 ms (B12 N4 H32),
 # T=128 32 / 12 and T=256 86 / 26 (B16 N8 H16). Below 64 there is one block and nothing to gain.
@@ -138,6 +174,7 @@ class _Static(NamedTuple):
     causal: bool
     window: int | None
     softcap: float | None
+    tile: int  # elements of scores at a time
 
 
 class _Run(NamedTuple):
@@ -171,7 +208,7 @@ def _blockwise_forward(q, k, v, segments, static):
         return _over_blocks(one_block, (), _runs(padded // block, block, static), block)[1]
 
     folded = (_fold_queries(q, k, padded), _fold_keys(k, padded), _fold_keys(v, padded))
-    out, lse = _over_groups(group, (*folded, _fold_segments(segments, k, padded)), block)
+    out, lse = _over_groups(group, (*folded, _fold_segments(segments, k, padded)), block, static.tile)
     out = _unfold_queries(out, q)
     return out, (q, k, v, segments, out, lse)
 
@@ -206,7 +243,7 @@ def _blockwise_backward(static, residuals, d_out):
 
     folded = (_fold_queries(q, k, padded), _fold_keys(k, padded), _fold_keys(v, padded))
     folded += (_fold_queries(d_out, k, padded), _fold_queries(delta, k, padded), lse)
-    dq, dk, dv = _over_groups(group, (*folded, _fold_segments(segments, k, padded)), block)
+    dq, dk, dv = _over_groups(group, (*folded, _fold_segments(segments, k, padded)), block, static.tile)
     return _unfold_queries(dq, q), _unfold_keys(dk, k), _unfold_keys(dv, v), None
 
 
@@ -273,11 +310,11 @@ def _over_blocks(one_block, carry, runs: list[_Run], block: int):
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys, axis=2), *outputs)
 
 
-def _over_groups(group, arrays, block: int):
+def _over_groups(group, arrays, block: int, tile: int):
     """Maps `group` over the leading axis, as many entries at a time as fit a tile."""
     q = arrays[0]
     entries, heads, padded, _ = q.shape
-    wanted = max(1, TILE_ELEMENTS // (heads * block * padded))
+    wanted = max(1, tile // (heads * block * padded))
     size = next(n for n in range(min(wanted, entries), 0, -1) if entries % n == 0)
     if size == entries:
         return group(*arrays)
