@@ -180,7 +180,6 @@ def pretended_run(tmp_path, monkeypatch):
     return pretend
 
 
-@pytest.mark.slow
 def test_time_to_a_loss_ends_with_the_first_evaluation_below(pretended_run, tmp_path):
     reached = pretended_run([2.0, 1.5, 1.4, 1.3], 0)
     assert (reached["step"], reached["val_loss"]) == (20, 1.5) and 0.3 <= reached["seconds"] < 0.9
@@ -189,7 +188,6 @@ def test_time_to_a_loss_ends_with_the_first_evaluation_below(pretended_run, tmp_
     assert f"--config.train.eval_batches={10**9}" in arguments  # the whole split
 
 
-@pytest.mark.slow
 def test_time_to_a_loss_that_is_not_reached(pretended_run):
     missed = pretended_run([2.0, 1.7, 1.8], 0)
     assert missed == {"target_loss": 1.6, "seconds": None, "step": 20, "val_loss": 1.7}
