@@ -28,5 +28,6 @@ def keep_compiled_programs(folder: Path) -> None:
     if not os.access(compiled, os.W_OK):
         return
     jax.config.update("jax_compilation_cache_dir", str(compiled))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a step's small helpers take that
+    if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # jax's default
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a step's small helpers take that
     compilation_cache.reset_cache()  # jax looks at the setting once, at the process's first compilation

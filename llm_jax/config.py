@@ -398,6 +398,10 @@ def _optim(o: OptimConfig) -> OptimConfig:
     _above_zero("optim", o, "peak_lr")
     if o.peak_lrs is not None and not (o.peak_lrs and all(0 < peak_lr < math.inf for peak_lr in o.peak_lrs)):
         raise InputError(f"optim.peak_lrs {o.peak_lrs} must hold one or more numbers above 0")
+    if o.peak_lrs is not None and len(set(o.peak_lrs)) < len(o.peak_lrs):
+        raise InputError(f"optim.peak_lrs {o.peak_lrs} must differ from each other; train.seeds repeats a rate")
+    if o.peak_lrs is not None and len(o.peak_lrs) == 1:
+        o = dataclasses.replace(o, peak_lr=o.peak_lrs[0], peak_lrs=None)
     _above_zero("optim", o, "adamw_lr")
     if not 0 < o.decay_fraction <= 1:
         raise InputError(f"optim.decay_fraction ({o.decay_fraction}) must be above 0 and at most 1")

@@ -12,6 +12,8 @@ from jaxtyping import Array, Int
 
 from llm_jax import checkpoint, pretrained, sharding
 from llm_jax.config import Config, split_runs
+from llm_jax.errors import InputError
+from llm_jax.report import say
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.train_step import TrainState
 
@@ -57,8 +59,15 @@ class Runs:
         """The state of the last step that all runs have saved; checkpoints after it are removed."""
         saved = [set(manager.all_steps()) for manager in self._managers]
         common = set.intersection(*saved)
-        for manager, steps in zip(self._managers, saved, strict=True):
-            for later in (each for each in steps if each > max(common, default=-1)):
+        if not common and max(map(len, saved)) > 1:  # a kill leaves them one save apart
+            listed = "; ".join(f"{each.name} {sorted(s)}" for each, s in zip(self.folders, saved, strict=True))
+            raise InputError(
+                f"no step is saved in all runs of {self.folders[0].parent} ({listed}); put back what is missing, or "
+                "choose another workdir"
+            )
+        for folder, manager, steps in zip(self.folders, self._managers, saved, strict=True):
+            for later in sorted(each for each in steps if each > max(common, default=-1)):
+                say(f"removes checkpoint {later} of {folder.name}, which not all runs have")
                 manager.delete(later)
         if not common:
             return init()

@@ -115,7 +115,12 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         else:
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
     best = _best_run(runs, workdir)
-    return _remember(LanguageModel(runs.configs[best], runs.part(state.eval_params, best), tokenizer))
+    return _remember(LanguageModel(runs.configs[best], _on_one_device(runs.part(state.eval_params, best)), tokenizer))
+
+
+def _on_one_device(params: model.Params) -> model.Params:
+    """For a model that generates: a kernel that is not told of a mesh can serve one device alone."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, min(leaf.devices(), key=lambda device: device.id)), params)
 
 
 def _best_run(runs: Runs, workdir: Path) -> int:
@@ -206,45 +211,42 @@ class _Loop:
         """From the state after `first_step` updates to that after the last."""
         train, num_steps = self._cfg.train, self._cfg.train.num_steps
         profile_start = min(first_step + 11, num_steps)
-        profiled = range(profile_start, profile_start + train.profile_steps)
+        profiled = range(profile_start, min(profile_start + train.profile_steps, num_steps + 1))
         try:
-            with (
-                Report(self._workdir, first_step=first_step, num_steps=num_steps) as self._report,
-                _stop_signals() as stop,
-                ThreadPoolExecutor(1) as pool,
-                contextlib.ExitStack() as trace,
-            ):
+            with Report(self._workdir, first_step=first_step, num_steps=num_steps) as self._report:
                 self._clock = _Clock(self._report.seconds_before, first_step)
-                steps = range(first_step + 1, num_steps + 1)
-                for step, batch in _ahead(pool, self._batches.train, steps):
-                    if profiled and step == profiled[0]:
-                        self._finish_steps()
-                        trace.enter_context(jax.profiler.trace(str(self._workdir / "profile")))
-                    state, metrics = self._programs.train_step(state, batch)
-                    self._in_flight.append((step, metrics))
-                    stopping = stop.signum
-                    evaluates = self._is_due(step, train.eval_every) or self._is_due(step, train.save_every)
-                    saves = self._is_due(step, train.save_every) or bool(stopping)
-                    samples = self._is_due(step, train.sample_every) and step < num_steps
-                    traced = bool(profiled) and step == profiled[-1]
-                    if step == steps[0] or traced or evaluates or saves or samples:
-                        self._finish_steps()
-                    else:
-                        self._finish_steps(all_but=IN_FLIGHT)
-                    if traced:
-                        trace.close()
-                    val_losses = self._evaluate(step, state) if evaluates else [None] * len(self._runs)
-                    if saves:
-                        self._runs.save(step, state, val_losses)
-                    if stopping:
-                        self._runs.wait_until_saved()
-                        raise Stopped(stopping, step, self._workdir)
-                    if samples:
-                        self._print_sample(state, self._diverged.index(False))
-                    if step == steps[0] or evaluates or samples:
-                        self._clock.restart(step)  # compiling, evaluating and sampling are not training speed
-                if stop.signum:  # it came while the last step was evaluated and saved
-                    raise Stopped(stop.signum, num_steps, self._workdir)
+                # The last evaluation and sample come after: the state is saved by then, and a signal just ends them.
+                with _stop_signals() as stop, ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as trace:
+                    steps = range(first_step + 1, num_steps + 1)
+                    for step, batch in _ahead(pool, self._batches.train, steps):
+                        if profiled and step == profiled[0]:
+                            self._finish_steps()
+                            trace.enter_context(jax.profiler.trace(str(self._workdir / "profile")))
+                        state, metrics = self._programs.train_step(state, batch)
+                        self._in_flight.append((step, metrics))
+                        stopping = stop.signum
+                        evaluates = self._is_due(step, train.eval_every) or self._is_due(step, train.save_every)
+                        saves = self._is_due(step, train.save_every) or bool(stopping)
+                        samples = self._is_due(step, train.sample_every) and step < num_steps
+                        traced = bool(profiled) and step == profiled[-1]
+                        if step == steps[0] or traced or evaluates or saves or samples:
+                            self._finish_steps()
+                        else:
+                            self._finish_steps(all_but=IN_FLIGHT)
+                        if traced:
+                            trace.close()
+                        val_losses = self._evaluate(step, state) if evaluates else [None] * len(self._runs)
+                        if saves:
+                            self._runs.save(step, state, val_losses)
+                        if stopping:
+                            self._runs.wait_until_saved()
+                            raise Stopped(stopping, step, self._workdir)
+                        if samples:
+                            self._print_sample(state, self._diverged.index(False))
+                        if step == steps[0] or evaluates or samples:
+                            self._clock.restart(step)  # compiling, evaluating and sampling are not training speed
+                    if stop.signum:  # it came while the last step was evaluated and saved
+                        raise Stopped(stop.signum, num_steps, self._workdir)
                 # A run may be told to end before the step it has reached.
                 whole = self._evaluate(max(first_step, num_steps), state, whole=True)
                 self._print_sample(state, int(np.nanargmin(whole)))
@@ -329,7 +331,7 @@ class _Loop:
 
     def _print_sample(self, state: train_step.TrainState, n: int) -> None:
         run = self._runs.configs[n]
-        language_model = LanguageModel(run, self._runs.part(state.eval_params, n), self._tokenizer)
+        language_model = LanguageModel(run, _on_one_device(self._runs.part(state.eval_params, n)), self._tokenizer)
         request = dataclasses.asdict(run.sample)
         print(language_model.generate(request.pop("prompt"), **request), flush=True)
 
@@ -361,7 +363,7 @@ class _Clock:
         self._since, self._step = time.monotonic(), step
 
     def read(self, step: int, tokens_per_step: int) -> dict[str, float]:
-        tokens_per_second = (step - self._step) * tokens_per_step / (time.monotonic() - self._since)
+        tokens_per_second = (step - self._step) * tokens_per_step / max(time.monotonic() - self._since, 1e-9)
         self.restart(step)
         return {"tokens_per_second": tokens_per_second, "wall_seconds": self._since - self._run_start}
 

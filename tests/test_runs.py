@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import only_one_device
 
 import llm_jax
 from llm_jax import config as configs
@@ -108,6 +109,24 @@ def test_a_folder_of_several_runs_is_no_run(tiny, tmp_path, one_device):
         fit(tiny(**SMALL, **{"train.seeds": 3, "train.num_steps": 1}), workdir=tmp_path / "runs")
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_cost_the_others_theirs(tiny, tmp_path, one_device):
+    fit(tiny(**SMALL, **{"train.seeds": 2}), workdir=tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/run_1/checkpoints")
+    with pytest.raises(InputError, match=r"no step is saved in all runs of .*run_0 \[4, 6\]; run_1 \[\]"):
+        fit(tiny(**SMALL, **{"train.seeds": 2, "train.num_steps": 8}), workdir=tmp_path / "runs")
+    assert (tmp_path / "runs/run_0/checkpoints/6").is_dir()
+
+
+def test_several_runs_on_several_devices(tiny, tmp_path):
+    """Eight fake ones, with accumulation: as one run on one device."""
+    changes = SMALL | {"train.batch_size": 16, "train.accumulation_steps": 2}
+    lm = fit(tiny(**changes, **{"train.seeds": 2}), workdir=tmp_path / "all")
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(lm.params))
+    with only_one_device():
+        fit(tiny(**changes, **{"train.seed": 1}), workdir=tmp_path / "alone")
+    assert_lines_close(lines(tmp_path / "all", seed=1, peak_lr=3e-3), lines(tmp_path / "alone"), rtol=1e-4)
+
+
 def test_split_runs():
     config = configs.default()
     config.optim.peak_lrs = (1e-3, 1)
@@ -125,7 +144,7 @@ def test_split_runs():
     assert configs.split_runs(configs.freeze({})) == (configs.freeze({}),)
 
 
-@pytest.mark.parametrize("value", ["0", "-1,1", "nan", "inf", "", "x", "1e-3;1"])
+@pytest.mark.parametrize("value", ["1e-3,0.001", "0", "-1,1", "nan", "inf", "", "x", "1e-3;1"])
 def test_impossible_peak_lrs(value):
     with pytest.raises(InputError, match="optim.peak_lrs"):
         config = configs.default()

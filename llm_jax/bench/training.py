@@ -30,7 +30,7 @@ from llm_jax.bench.contenders import (
     ratios,
     table,
 )
-from llm_jax.config import Config, as_dict, freeze
+from llm_jax.config import Config, as_dict, freeze, split_runs
 from llm_jax.data import Batch
 from llm_jax.errors import InputError
 from llm_jax.report import read_metrics, say
@@ -125,6 +125,8 @@ def _with_vocabulary(config: ConfigDict) -> Config:
     if config.data.path is None:
         config.data.source = "python_stdlib"  # nothing is read, so a source that needs a path needs none here
     cfg = freeze(config)
+    if len(split_runs(cfg)) > 1:
+        raise InputError("one run is measured; leave train.seeds and optim.peak_lrs out")
     vocab_size = cfg.model.vocab_size
     if vocab_size is None and cfg.data.tokenizer == "char":
         raise InputError(

@@ -50,7 +50,7 @@ def attention(
     """
     query_time, key_time = q.shape[1], k.shape[1]
     causal = causal or window is not None
-    device = device or jax.devices()[0]
+    device = device or _default_device()
     _check(q, k, causal=causal, window=window, segments=segments, implementation=implementation)
     if implementation == "auto":
         implementation = _choose(q, k, device, segments=segments, softcap=softcap)
@@ -113,6 +113,11 @@ def _check(q, k, *, causal, window, segments, implementation):
         raise ValueError(f"implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation not in ("auto", "plain") and query_time != key_time:
         raise ValueError(f"{implementation} attention needs S == T, got T={query_time} and S={key_time}")
+
+
+def _default_device():
+    default = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
 def _choose(q, k, device, *, segments, softcap):
