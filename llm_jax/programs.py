@@ -98,7 +98,7 @@ def _of_several_runs(
     )
 
     def over_runs(function: Callable[..., Any], *arguments: Any) -> Any:
-        # A CPU computes batched products slowly: eight runs of tiny.py take 7 to 12 times one's time with vmap.
+        # A CPU computes batched products slowly: eight vmapped runs took 7 to 12 times one's time.
         return jax.lax.map(lambda xs: function(*xs), arguments) if on_cpu else jax.vmap(function)(*arguments)
 
     def init() -> Any:

@@ -312,7 +312,7 @@ def test_a_signal_before_the_first_step(commands, arguments, tmp_path, signum, c
     assert result.returncode == code and "Traceback" not in result.stderr and not result.stdout, result
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc not installed")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc not installed")
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_while_jax_is_imported(arguments, clean_env, tmp_path, signum, code):
     # pytest in the background of a shell ignores SIGINT, and so would the process without the first line.
