@@ -7,12 +7,9 @@
 import dataclasses
 import difflib
 import math
-import re
-import runpy
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -156,74 +153,12 @@ def default() -> ConfigDict:
     for group in dataclasses.fields(Config):
         values = {}
         for field in dataclasses.fields(group.type):
-            kind, optional = _field_type(field)
+            kind, optional = field_type(field)
             values[field.name] = (
                 config_dict.FieldReference(field.default, field_type=kind) if optional else field.default
             )
         groups[group.name] = ConfigDict(values)
     return ConfigDict(groups).lock()
-
-
-def load_file(path: str) -> ConfigDict:
-    """The ConfigDict that a config file's `get_config()` returns. The file is Python, and is run."""
-    try:
-        Path(path).read_bytes()  # apart, since the file's own code may raise OSError too
-    except OSError as error:
-        raise InputError(
-            f"config file {path!r} cannot be read ({error.strerror}); see configs/ for examples"
-        ) from None
-    try:
-        namespace = runpy.run_path(path)
-    except SyntaxError as error:
-        raise InputError(
-            f"config file {path!r} line {error.lineno} is not Python ({error.msg}); correct it"
-        ) from None
-    if "get_config" not in namespace:
-        raise InputError(f"config file {path!r} has no get_config(); see configs/small.py")
-    try:
-        config = namespace["get_config"]()
-    except (AttributeError, TypeError, KeyError, ValueError) as error:  # ml_collections': unknown key, wrong type
-        message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-        key = re.search(r'Key "([\w.]+)" does not exist|Did you mean "[\w.]+" instead of "([\w.]+)"', message)
-        if key:
-            known = [*_all_keys(), *(group.name for group in dataclasses.fields(Config))]
-            raise InputError(f"config file {path!r}: {_unknown(key[1] or key[2], known)}") from None
-        if dotted := re.search(r"the key ([\w.]+) contains one", message):
-            raise InputError(
-                f"config file {path!r}: keys are attributes, so write config.{dotted[1]}, not config[{dotted[1]!r}]"
-            ) from None
-        if message.startswith("Could not override field"):
-            raise InputError(f"config file {path!r}: {message}") from None
-        raise
-    if not isinstance(config, ConfigDict) or not set(default()) <= set(config):
-        raise InputError(
-            f"get_config() in config file {path!r} must return a changed llm_jax.config.default(), not a "
-            f"{type(config).__name__}; see configs/small.py"
-        )
-    return config
-
-
-def override(config: ConfigDict, assignments: Iterable[str]) -> None:
-    """Sets keys from a command line's "optim.peak_lr=3e-4", each text read by the type of its key.
-
-    "None" is None for a key that may be None; a tuple is written full,sliding or ('full', 'sliding').
-
-    Raises:
-        InputError: unknown key (with the nearest right one), a text that is not of the key's type.
-    """
-    for assignment in assignments:
-        key, _, text = assignment.partition("=")
-        check_keys([key])
-        group, name = key.split(".")
-        field = getattr(Config, group).__dataclass_fields__[name]
-        try:
-            config[group][name] = _parsed(text, field)
-        except ValueError:
-            kind, optional = _field_type(field)
-            raise InputError(
-                f"{key} ({text!r}) must be of type {kind.__name__}{' or None' if optional else ''}; "
-                f"write --config.{key}=VALUE"
-            ) from None
 
 
 def freeze(config: ConfigDict | Mapping[str, Any]) -> Config:
@@ -283,10 +218,10 @@ def split_runs(config: Config) -> tuple[Config, ...]:
 
 def check_keys(keys: Iterable[str]) -> None:
     """Raises InputError for a dotted key (`optim.peak_lr`) that no config has, naming the nearest one."""
-    known = _all_keys()
+    known = all_keys()
     for key in keys:
         if key not in known:
-            raise InputError(_unknown(key, known))
+            raise InputError(unknown_key(key, known))
 
 
 def check_sampling(
@@ -465,11 +400,13 @@ def _one_of(group: str, values: Any, name: str, choices: Sequence[Any]) -> None:
         raise InputError(f"{group}.{name} ({value!r}) must be one of {', '.join(map(str, choices))}")
 
 
-def _all_keys() -> list[str]:
+def all_keys() -> list[str]:
+    """Every key, dotted: "model.n_embd" and so on."""
     return [f"{g.name}.{f.name}" for g in dataclasses.fields(Config) for f in dataclasses.fields(g.type)]
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """The message for a key that is not among the known ones; it names the nearest that is."""
     # The last part alone finds `optim.peak_lr` for `train.peak_lr` and for `peak_lr`.
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(key, known, 1, 0.75) or [
@@ -482,44 +419,31 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _reject_unknown(given: Mapping[str, Any], known: Sequence[str], *, prefix: str) -> None:
     for key in given:
         if key not in known:
-            raise InputError(_unknown(prefix + key, [prefix + name for name in known]))
+            raise InputError(unknown_key(prefix + key, [prefix + name for name in known]))
 
 
-def _field_type(field: dataclasses.Field) -> tuple[type, bool]:
+def field_type(field: dataclasses.Field) -> tuple[type, bool]:
     """The plain type of a field, and whether it may be None."""
     optional = isinstance(field.type, types.UnionType)
     kind = typing.get_args(field.type)[0] if optional else field.type
     return typing.get_origin(kind) or kind, optional
 
 
-def _item_type(field: dataclasses.Field) -> type:
-    """Of a tuple field."""
+def item_type(field: dataclasses.Field) -> type:
+    """The type of a tuple field's items."""
     kind = typing.get_args(field.type)[0]
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
 
 
-def _parsed(text: str, field: dataclasses.Field) -> Any:
-    kind, optional = _field_type(field)
-    if optional and text == "None":
-        return None
-    if kind is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise ValueError(text)
-        return text.lower() in ("true", "1")
-    if kind is tuple:
-        return tuple(_item_type(field)(item.strip(" '\"")) for item in text.strip("()").split(",") if item.strip())
-    return kind(text)
-
-
 def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:
-    kind, optional = _field_type(field)
+    kind, optional = field_type(field)
     if value is None and optional:
         return None
     if kind is tuple and isinstance(value, list | tuple):
-        item_type = _item_type(field)
-        value = tuple(float(item) if item_type is float and type(item) is int else item for item in value)
-        if not all(isinstance(item, item_type) for item in value):
-            raise InputError(f"{key} {value!r} must be a tuple of {item_type.__name__}")
+        of = item_type(field)
+        value = tuple(float(item) if of is float and type(item) is int else item for item in value)
+        if not all(isinstance(item, of) for item in value):
+            raise InputError(f"{key} {value!r} must be a tuple of {of.__name__}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

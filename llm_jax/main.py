@@ -8,8 +8,8 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from llm_jax import flags
-from llm_jax.config import load_file, override
+from llm_jax import flags, huge_pages
+from llm_jax.config_file import load_file, override
 from llm_jax.errors import InputError
 
 _CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/small.py.")
@@ -28,7 +28,8 @@ def main() -> None:
         raise InputError("no --config given; for example --config=configs/small.py")
     config = load_file(_CONFIG.value)
     override(config, _CHANGES.value)
-    with flags.importing():  # after the flags: a mistake in them is told without loading jax
+    huge_pages.restart("llm_jax.main")  # before jax is loaded, after mistakes in the flags are told
+    with flags.importing():
         from llm_jax.train import fit
 
     fit(config, workdir=_WORKDIR.value or _default_workdir(config.data.path))

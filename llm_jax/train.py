@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from llm_jax import data, model, optim, pretrained, sharding, train_step
 from llm_jax.cache import cache_folder, keep_compiled_programs
-from llm_jax.config import Config, as_dict, freeze, load_file
+from llm_jax.config import Config, as_dict, freeze
+from llm_jax.config_file import load_file
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel

@@ -355,6 +355,17 @@ def test_a_worker_keeps_its_state_and_is_silent_on_standard_output(capfd):
     assert out == "" and "made\nadded\n" in err  # libraries may warn before
 
 
+def test_a_worker_has_its_own_environment(monkeypatch):
+    monkeypatch.setenv("BOTH", "parent's")
+    before = dict(os.environ)
+    worker = contenders.Worker(os.getenv, "WORKER", environment={"WORKER": "its own"})
+    assert [worker.call("__str__"), dict(os.environ) == before] == ["its own", True]
+    worker.close()
+    worker = contenders.Worker(os.getenv, "BOTH", environment={"BOTH": "its own"})
+    assert [worker.call("__str__"), dict(os.environ) == before] == ["its own", True]
+    worker.close()
+
+
 def test_a_worker_ends():
     worker = contenders.Worker(list, "ab")
     assert worker.call("pop") == "b"

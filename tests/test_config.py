@@ -5,6 +5,7 @@ import pytest
 
 from llm_jax import config
 from llm_jax.config import Config, as_dict, default, freeze
+from llm_jax.config_file import load_file
 from llm_jax.errors import InputError
 
 FIELDS = {
@@ -100,7 +101,7 @@ def test_a_config_dict_and_its_plain_dict_freeze_alike():
 def test_an_optional_key_can_be_set_and_unset(key):
     """A plain None in a ConfigDict could not be set from the command line."""
     given_values = {"model.rope_scaling": "linear", "sample.top_p": 0.5, "optim.peak_lrs": (0.5, 1.0)}
-    value = given_values.get(key) or config._field_type(FIELDS[key])[0](8)
+    value = given_values.get(key) or config.field_type(FIELDS[key])[0](8)
     given = default()
     if key == "model.window":
         given.model.layer_types = ("sliding",)
@@ -120,7 +121,7 @@ def test_an_optional_key_can_be_set_and_unset(key):
 
 @pytest.mark.parametrize("key", FIELDS)
 def test_a_value_of_the_wrong_type_names_key_value_and_type(key):
-    kind, optional = config._field_type(FIELDS[key])
+    kind, optional = config.field_type(FIELDS[key])
     wrong = {str: 3, int: 2.5, float: "fast", bool: 1, tuple: "full"}[kind]
     message = error_of({key: wrong})
     assert message == f"{key} ({wrong!r}) must be of type {kind.__name__}{' or None' if optional else ''}"
@@ -137,7 +138,7 @@ def test_booleans_are_no_numbers_and_integers_are_floats():
     assert "must be a tuple of str" in error_of({"model.layer_types": [1]})
 
 
-@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if config._field_type(field)[0] is float])
+@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if config.field_type(field)[0] is float])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_is_finite(key, value):
     assert error_of({key: value}) == f"{key} ({value}) must be a finite number"
@@ -255,7 +256,7 @@ def _freeze_error(values):
 
 def load_error(path) -> str:
     with pytest.raises(InputError) as error:
-        config.load_file(str(path))
+        load_file(str(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -273,11 +274,11 @@ def test_config_files(tmp_path):
     path.write_text(body.format("peak_lr = 'fast'"))
     assert "'peak_lr'" in load_error(path) and "float" in load_error(path)
     path.write_text(body.format("peak_lr = 0.5"))
-    assert freeze(config.load_file(str(path))).optim.peak_lr == 0.5
+    assert freeze(load_file(str(path))).optim.peak_lr == 0.5
 
 
 def test_a_config_files_own_bug_keeps_its_traceback(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def get_config():\n    return None.nothing\n")
     with pytest.raises(AttributeError, match="'nothing'"):
-        config.load_file(str(path))
+        load_file(str(path))

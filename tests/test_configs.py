@@ -11,6 +11,7 @@ import pytest
 
 import llm_jax
 from llm_jax import config, model
+from llm_jax.config_file import load_file
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 CHARACTERS = {"tinyshakespeare": 65, "python_stdlib": 215}  # the second on Python 3.11
@@ -18,7 +19,7 @@ CHARACTERS = {"tinyshakespeare": 65, "python_stdlib": 215}  # the second on Pyth
 
 def load(path, data_path):
     """The ConfigDict of a file, with the text and tokenizer that some leave for the user to give."""
-    cfg = config.load_file(str(path))
+    cfg = load_file(str(path))
     if cfg.data.source in ("text", "bin"):
         cfg.data.path = str(data_path)
         cfg.data.tokenizer = "byte"
@@ -27,7 +28,7 @@ def load(path, data_path):
 
 def frozen_model(path):
     """The model's part, with the vocabulary that its tokenizer has on the corpus it is for."""
-    source = config.load_file(str(path)).data.source
+    source = load_file(str(path)).data.source
     cfg = config.freeze(load(path, "some.txt"))
     sizes = {"byte": 256, "bpe": cfg.data.vocab_size, "char": CHARACTERS.get(source)}
     return dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or sizes[cfg.data.tokenizer])
@@ -135,12 +136,12 @@ def test_one_step(path, tmp_path, one_device, capfd):
 def test_a_config_without_its_text_says_how_to_give_it():
     for name in ("gpt2_124m", "llama_1b"):
         with pytest.raises(llm_jax.InputError, match=r"--config\.data\.path="):
-            config.freeze(config.load_file(str(FILES[0].parent / f"{name}.py")))
+            config.freeze(load_file(str(FILES[0].parent / f"{name}.py")))
 
 
 def test_shards_without_their_tokenizer_say_how_to_give_it(tmp_path, one_device):
     np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
-    cfg = config.load_file(str(FILES[0].parent / "gpt2_124m.py"))
+    cfg = load_file(str(FILES[0].parent / "gpt2_124m.py"))
     cfg.data.path, cfg.data.cache_dir = str(tmp_path), str(tmp_path / "cache")
     with pytest.raises(llm_jax.InputError, match="tokenizer.json"):
         llm_jax.fit(cfg, workdir=tmp_path / "run")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax import corpus as corpus_module
+from llm_jax import documents
 from llm_jax.config import DataConfig
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
@@ -87,7 +88,7 @@ def test_border_never_cuts_a_character(tmp_path_factory, content, val_fraction):
     border = int(size * (1 - val_fraction))
     parts = {"train": b"", "val": b""}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "PIECE_BYTES", 3)
+        patch.setattr(documents, "PIECE_BYTES", 3)
         for split, piece, _ in corpus_module._split_pieces([file], border):
             parts[split] += piece
             piece.decode()
@@ -109,7 +110,7 @@ def test_split_is_nanogpt_s_on_tinyshakespeare(tmp_path):
     np.testing.assert_array_equal(corpus.train, [stoi[ch] for ch in train])
     np.testing.assert_array_equal(corpus.val, [stoi[ch] for ch in val])
     # and the pinned download is this very text
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == corpus_module.SHAKESPEARE_SHA256
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == documents.SHAKESPEARE_SHA256
 
 
 def test_bpe_is_trained_on_the_training_part_only(text):
@@ -137,7 +138,7 @@ def test_bos_begins_each_document_where_a_prompt_begins_with_it(folder, text, tm
     tokenizer.backend.add_special_tokens(["<s>", "</s>"])
     Tokenizer(tokenizer.backend, bos_token="<s>", eos_token="</s>", add_bos=True).save(tmp_path / "t")
     settings = dict(tokenizer=str(tmp_path / "t"), val_fraction=0.0)
-    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 2)  # a document in many pieces begins once
+    monkeypatch.setattr(documents, "PIECE_BYTES", 2)  # a document in many pieces begins once
     assert list(text("one", **settings).train) == [256, *b"one"]
     corpus = folder({"a.txt": b"one", "b.txt": b"two"}, **settings)
     assert list(corpus.train) == [256, *b"one", 257, 256, *b"two", 257]
@@ -160,9 +161,9 @@ def test_a_document_across_the_border_is_cut_in_two(folder):
 def test_cutting_long_documents_does_not_change_the_tokens(text, monkeypatch, line, line_end):
     lines = [f"def f{i}(self):{line_end}    " + line.format(i=i) for i in range(3000)]
     content = "".join(line + line_end * (1 + i % 3) for i, line in enumerate(lines))
-    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     monkeypatch.setattr(corpus_module, "BATCH_BYTES", 5000)
-    monkeypatch.setattr(corpus_module, "_CUT_SEARCH_BYTES", 500)
+    monkeypatch.setattr(documents, "_CUT_SEARCH_BYTES", 500)
     corpus = text(content, vocab_size=400, val_fraction=0.0)
     assert corpus.train.tolist() == corpus.tokenizer.encode(content)
 
@@ -188,7 +189,7 @@ def test_folder_is_read_recursively_in_order_without_hidden_and_binary_files(fol
             "c/.hidden": b"no",
             ".git/config": b"no",
             "0.png": b"P\0NG",
-            "1.png": b"x" * 3 * corpus_module.PIECE_BYTES + b"\0",
+            "1.png": b"x" * 3 * documents.PIECE_BYTES + b"\0",
             "latin1.txt": b"caf\xe9",
             "nul.txt": b"a\0b",
             "d.any": b"3",
@@ -264,10 +265,10 @@ def test_python_stdlib(tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "lib" / name).write_text(content)
-    monkeypatch.setattr(corpus_module.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    monkeypatch.setattr(documents.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
     config = DataConfig(tokenizer="byte", val_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     assert read_bytes(prepare(config)) == b"12"
-    monkeypatch.setattr(corpus_module.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nothing")})
+    monkeypatch.setattr(documents.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nothing")})
     assert "data.path" in error_of(prepare, config)
 
 
@@ -303,12 +304,12 @@ def test_tinyshakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
         calls.append((url, timeout))
         return Response(b"First Citizen:\n")
 
-    monkeypatch.setattr(corpus_module.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(documents.urllib.request, "urlopen", urlopen)
     message = error_of(prepare, config)
-    assert corpus_module.SHAKESPEARE_SHA256 in message and "data.path" in message
+    assert documents.SHAKESPEARE_SHA256 in message and "data.path" in message
     assert not list(tmp_path.iterdir())  # a wrong text is not kept
 
-    monkeypatch.setattr(corpus_module, "SHAKESPEARE_SHA256", hashlib.sha256(b"First Citizen:\n").hexdigest())
+    monkeypatch.setattr(documents, "SHAKESPEARE_SHA256", hashlib.sha256(b"First Citizen:\n").hexdigest())
     for _ in range(2):
         assert read_bytes(prepare(config)) == b"First Citizen:\n"
     assert len(calls) == 2 and calls[0][1] <= 10
@@ -321,7 +322,7 @@ def test_tinyshakespeare_offline_names_data_path(tmp_path, monkeypatch, error):
     def urlopen(url, timeout):
         raise error
 
-    monkeypatch.setattr(corpus_module.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(documents.urllib.request, "urlopen", urlopen)
     message = error_of(prepare, DataConfig(source="tinyshakespeare", cache_dir=str(tmp_path)))
     assert "set data.path" in message and "https://" in message
 

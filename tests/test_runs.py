@@ -12,6 +12,7 @@ from conftest import only_one_device
 import llm_jax
 from llm_jax import config as configs
 from llm_jax import programs, train
+from llm_jax.config_file import override
 from llm_jax.errors import InputError
 from llm_jax.train import fit
 
@@ -148,7 +149,7 @@ def test_split_runs():
 def test_impossible_peak_lrs(value):
     with pytest.raises(InputError, match="optim.peak_lrs"):
         config = configs.default()
-        configs.override(config, [f"optim.peak_lrs={value}"])
+        override(config, [f"optim.peak_lrs={value}"])
         configs.freeze(config)
 
 

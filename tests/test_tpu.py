@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import topologies
 
 from llm_jax import config, data, generate, language_model, programs, sharding
+from llm_jax.config_file import load_file
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu not installed", allow_module_level=True)
@@ -30,7 +31,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def cfg():
-    frozen = config.freeze(config.load_file(str(SMALL)))
+    frozen = config.freeze(load_file(str(SMALL)))
     return dataclasses.replace(frozen, model=dataclasses.replace(frozen.model, vocab_size=frozen.data.vocab_size))
 
 

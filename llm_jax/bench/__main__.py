@@ -4,8 +4,9 @@ python -m llm_jax.bench train --config=configs/small.py [--config.group.key=valu
 python -m llm_jax.bench attention [--shapes=B16T256N8H16,B4T1024N8H16] [--dtype=bfloat16]
 
 Each contender is a process of its own. They take turns: a round times --steps steps of each (by default as many as
-take about 2.5 seconds) after one untimed, the next round goes backwards. The JSON has the seconds a step of every
-round; the table shows medians, and the median of the rounds' own ratios.
+take about 2.5 seconds) after one untimed, the next round goes backwards. Ours has huge pages as llm_jax.main has
+(huge_pages.py), the others the environment as it is, in which PyTorch was measured to be faster. The JSON has the
+seconds a step of every round; the table shows medians, and the median of the rounds' own ratios.
 
 train: the very step that llm_jax.main runs for this config, on random tokens: no corpus is read, the vocabulary is
 model.vocab_size, else the tokenizer's data.vocab_size. Beside it transformers' GPT-2 (LayerNorm), Llama (RMSNorm) or
@@ -37,7 +38,8 @@ from typing import Any
 from absl import flags as absl_flags
 
 from llm_jax import flags
-from llm_jax.config import DTYPES, load_file, override
+from llm_jax.config import DTYPES
+from llm_jax.config_file import load_file, override
 from llm_jax.errors import InputError
 from llm_jax.report import say
 

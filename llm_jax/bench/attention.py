@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import ops
+from llm_jax import huge_pages, ops
 from llm_jax.bench import torch_peers
 from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, cores, mebibytes, ratios, table
 from llm_jax.errors import InputError
@@ -35,7 +35,7 @@ def measure(
     shapes: Sequence[Shape], *, dtype: str, peers: bool, rounds: int, steps: int | None
 ) -> dict[str, Any]:
     """The JSON object of `bench attention`; tells its progress and a table on standard error."""
-    ours, left_out = Worker(Ours, dtype), {}
+    ours, left_out = Worker(Ours, dtype, environment=huge_pages.environment(os.environ)), {}
     device, sdpa = ours.call("device"), None
     if peers:
         try:

@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,23 @@ class Worker:
 
     So two libraries share neither threads nor memory, and each one's memory can be read from outside it. What
     they print goes to standard error. InputError is raised here as there, anything else as WorkerError.
+    `environment` are variables that it has besides this process's.
     """
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(
+        self, make: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy jax's or torch's threads half
         self._connection, there = context.Pipe()
         # A daemon ends with this process, however it ends.
         self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
-        self._process.start()
+        before = dict(os.environ)
+        os.environ.update(environment or {})
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
         there.close()
         self._receive()
 

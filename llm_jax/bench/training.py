@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import model, programs, sharding
+from llm_jax import huge_pages, model, programs, sharding
 from llm_jax.bench import torch_peers
 from llm_jax.bench.contenders import (
     Contender,
@@ -49,7 +49,7 @@ def measure(
     """
     cfg = _with_vocabulary(config)
     say(f"llm_jax: compiling, a vocabulary of {cfg.model.vocab_size:,}")
-    ours = Worker(Ours, cfg)
+    ours = Worker(Ours, cfg, environment=huge_pages.environment(os.environ))  # as llm_jax.main has them
     facts = {"llm_jax": ours.call("facts")}
     device = facts["llm_jax"].pop("device")
     peak_flops = peak_flops or ours.call("measure_peak_flops")
