@@ -23,7 +23,7 @@ def get_config():
     config.model.mlp = "gelu"
     config.model.use_bias = True
     config.data.tokenizer = "char"
-    config.train.batch_size = 64  # tokens of a step as in small.py: 64 x 64 = 16 x 256
+    config.train.batch_size = 64
     config.sample.max_new_tokens = 300
     config.sample.temperature = 0.8
     return config

@@ -8,6 +8,7 @@
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -26,6 +27,8 @@ __all__ = ["InputError", "LanguageModel", "fit", "load"]
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"llm_jax.{_PUBLIC[name]}"), name)
+    if importlib.util.find_spec(f"llm_jax.{name}"):  # llm_jax.ops, llm_jax.config: modules, without an import of them
+        return importlib.import_module(f"llm_jax.{name}")
     raise AttributeError(f"module 'llm_jax' has no attribute {name!r}")
 
 

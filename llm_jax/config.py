@@ -26,6 +26,7 @@ REMATS = ("none", "block", "dots")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 MAX_NEW_TOKENS = 2**24  # float32, in which rope computes angles, counts no further
+MAX_STEPS = 2**31 - 1  # an int32 counts them
 MAX_SEED = 2**32 - 1  # jax and grain take no more bits: a larger one would be another's equal
 
 
@@ -355,6 +356,8 @@ def _train(t: TrainConfig) -> TrainConfig:
         _at_least("train", t, name, 1)
     for name in ("eval_every", "save_every", "log_every", "sample_every", "seed", "profile_steps"):
         _at_least("train", t, name, 0)
+    if t.num_steps > MAX_STEPS:
+        raise InputError(f"train.num_steps ({t.num_steps}) must be at most {MAX_STEPS}")
     if t.seed + t.seeds - 1 > MAX_SEED:
         raise InputError(f"train.seed + train.seeds - 1 ({t.seed + t.seeds - 1}) must be at most {MAX_SEED}")
     if t.batch_size % t.accumulation_steps:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import runpy
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,25 @@ from llm_jax.errors import InputError
 
 def load_file(path: str) -> ConfigDict:
     """The ConfigDict that a config file's `get_config()` returns. The file is Python, and is run."""
+    file = Path(path).expanduser()
     try:
-        Path(path).read_bytes()  # apart, since the file's own code may raise OSError too
+        file.read_bytes()  # apart, since the file's own code may raise OSError too
     except OSError as error:
         raise InputError(
             f"config file {path!r} cannot be read ({error.strerror}); see configs/ for examples"
         ) from None
     try:
-        namespace = runpy.run_path(path)
+        namespace = runpy.run_path(str(file))
     except SyntaxError as error:
-        raise InputError(
-            f"config file {path!r} line {error.lineno} is not Python ({error.msg}); correct it"
-        ) from None
+        where = f" line {error.lineno}" if error.lineno else ""
+        raise InputError(f"config file {path!r}{where} is not Python ({error.msg}); correct it") from None
+    except Exception as error:
+        raise _own_mistake(path, file, error) from None
     if "get_config" not in namespace:
         raise InputError(f"config file {path!r} has no get_config(); see configs/small.py")
     try:
         config = namespace["get_config"]()
-    except (AttributeError, TypeError, KeyError, ValueError) as error:  # ml_collections': unknown key, wrong type
+    except Exception as error:  # ml_collections': unknown key, wrong type; or any of the file's own
         message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
         key = re.search(r'Key "([\w.]+)" does not exist|Did you mean "[\w.]+" instead of "([\w.]+)"', message)
         if key:
@@ -43,13 +46,19 @@ def load_file(path: str) -> ConfigDict:
             ) from None
         if message.startswith("Could not override field"):
             raise InputError(f"config file {path!r}: {message}") from None
-        raise
+        raise _own_mistake(path, file, error) from None
     if not isinstance(config, ConfigDict) or not set(default()) <= set(config):
         raise InputError(
             f"get_config() in config file {path!r} must return a changed llm_jax.config.default(), not a "
             f"{type(config).__name__}; see configs/small.py"
         )
     return config
+
+
+def _own_mistake(path: str, file: Path, error: Exception) -> InputError:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    where = f" line {lines[-1]}" if lines else ""
+    return InputError(f"config file {path!r}{where}: {type(error).__name__}: {error}")
 
 
 def override(config: ConfigDict, assignments: Iterable[str]) -> None:

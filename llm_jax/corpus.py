@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from llm_jax import documents
 from llm_jax.cache import cache_folder
 from llm_jax.config import DataConfig
 from llm_jax.errors import InputError
+from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import (
     BPE_SPLIT,
     Tokenizer,
@@ -116,7 +116,6 @@ def _open_or_build(cache: Path, key: list, content_hash: str, build: Callable[[P
     folder = cache / digest
     corpus = _open(folder, content_hash)
     if corpus is None:
-        shutil.rmtree(folder, ignore_errors=True)  # cut short, by a power failure say
         partial = cache / f".{digest}.{uuid.uuid4().hex[:8]}"
         try:
             partial.mkdir()
@@ -130,8 +129,12 @@ def _open_or_build(cache: Path, key: list, content_hash: str, build: Callable[[P
             try:
                 partial.rename(folder)
             except OSError:
-                if not folder.exists():  # else another process was faster: its files are the same
+                if not folder.exists():
                     raise
+                if _open(folder, content_hash) is None:  # cut short, by a power failure say
+                    shutil.rmtree(folder)
+                    partial.rename(folder)
+                # else another process was faster: its files are the same
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         corpus = _open(folder, content_hash)
@@ -201,7 +204,7 @@ def _scan(files: list[Path], name: str, pass_over_binary: bool, *, collect_chara
     kept, skipped = [], 0
     total, characters = _ContentHash(), set()
     size = sum(file.stat().st_size for file in files if file.exists())
-    with tqdm(total=size, desc="read", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with byte_bar(size, "read") as bar:
         for file in files:
             trial, seen = _ContentHash(total), set()
             try:
@@ -259,7 +262,7 @@ def _split_pieces(files: list[Path], border: int) -> Iterator[tuple[str, bytes, 
 def _bpe_texts(text: _Text, border: int) -> Iterator[str]:
     size = min(border, BPE_TRAINING_BYTES)
     done = 0
-    with tqdm(total=size, desc="train bpe", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with byte_bar(size, "train bpe") as bar:
         for split, piece, _ in _split_pieces(text.files, border):
             if split == "val" or done >= size:
                 return
@@ -290,7 +293,7 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> N
     with (
         open(folder / "train.bin", "wb") as train,
         open(folder / "val.bin", "wb") as val,
-        tqdm(total=text.num_bytes, desc="tokenize", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        byte_bar(text.num_bytes, "tokenize") as bar,
     ):
         outputs = {"train": train, "val": val}
         begins_document = True

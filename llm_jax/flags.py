@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from llm_jax.errors import InputError
 
-CONFIG_CHANGES = "config."  # the flag that collects every --config.group.key=value, as "group.key=value"
+CONFIG_CHANGES = "config.group.key"  # the flag that collects them all, each as "group.key=value"
 
 
 def run(main: Callable[..., Any], *, subcommands: Sequence[str] = ()) -> NoReturn:

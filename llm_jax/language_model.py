@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llm_jax import checkpoint, generate, model, pretrained
-from llm_jax.config import Config, ModelConfig, SampleConfig, check_sampling
+from llm_jax.config import MAX_SEED, Config, ModelConfig, SampleConfig, check_sampling
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import Tokenizer
 
@@ -26,7 +26,7 @@ def load(path: str | Path, *, step: int | str = "best") -> "LanguageModel":
     Raises:
         InputError: there is no run or no such checkpoint.
     """
-    return LanguageModel(*pretrained.load_run(path, step=step))
+    return LanguageModel(*pretrained.load_run(Path(path).expanduser(), step=step))
 
 
 class LanguageModel:
@@ -108,9 +108,10 @@ class LanguageModel:
         Raises:
             InputError: the folder holds a run already.
         """
-        if (Path(path) / "config.json").exists():
+        path = Path(path).expanduser()
+        if (path / "config.json").exists():
             raise InputError(f"{str(path)!r} holds a run already; save to another folder")
-        with checkpoint.open_checkpoints(Path(path) / "checkpoints") as manager:
+        with checkpoint.open_checkpoints(path / "checkpoints") as manager:
             checkpoint.save(manager, 0, {"params": self.params}, val_loss=None)
         pretrained.write_run(path, self.config, self.tokenizer)
 
@@ -137,6 +138,8 @@ class LanguageModel:
     ) -> list[list[int]]:
         """The new tokens of each prompt, the stop token included; `numbers` tells equal prompts' keys apart."""
         check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+        if not 0 <= seed <= MAX_SEED:
+            raise InputError(f"seed ({seed}) must be at least 0 and at most {MAX_SEED}")
         cfg = self.config.model
         longest = max((len(prompt) for prompt in prompts), default=0)
         if long_prompt not in ("keep_tail", "error"):

@@ -16,7 +16,7 @@ _CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs
 _CHANGES = absl_flags.DEFINE_multi_string(
     flags.CONFIG_CHANGES,
     [],
-    "--config.group.key=value changes a key of the config; llm_jax/config.py lists them all.",
+    "Changes a key of the config, such as --config.optim.peak_lr=3e-4; llm_jax/config.py lists them all.",
 )
 _WORKDIR = absl_flags.DEFINE_string(
     "workdir", None, "Folder of the run. Default: runs/<config>, or runs/<config>-<stem of data.path>."

@@ -1,6 +1,7 @@
 """A path that holds a model -> (config, parameters, tokenizer)."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -64,16 +65,23 @@ def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, 
     return cfg, restored[name], tokenizer
 
 
-def write_run(workdir: str | Path, cfg: Config, tokenizer: Tokenizer) -> None:
-    """Writes what identifies a run: config.json and tokenizer.json."""
+def make_folder(workdir: str | Path) -> Path:
+    """The folder of a run, made where it is not there, and known to be writable."""
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir)
+        with tempfile.TemporaryFile(dir=workdir):
+            return workdir
     except OSError as error:
         raise InputError(
             f"workdir {str(workdir)!r} cannot be written ({error.strerror}); choose another --workdir"
         ) from None
+
+
+def write_run(workdir: str | Path, cfg: Config, tokenizer: Tokenizer) -> None:
+    """Writes what identifies a run: config.json and tokenizer.json."""
+    workdir = make_folder(workdir)
+    tokenizer.save(workdir)
     # The config last, and whole: a folder that has it is a run.
     whole = workdir / "config.json.tmp"
     whole.write_text(json.dumps(as_dict(cfg), indent=2) + "\n")

@@ -2,13 +2,14 @@
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from llm_jax.progress import in_notebook, is_live, say
 
 
 class Report:
@@ -28,9 +29,8 @@ class Report:
         self._file = self._path.open("a")
         self._start, self._first_step = time.monotonic(), first_step
         # A terminal or a notebook gets one live line, anything else (a log file) a plain line a log.
-        in_notebook = "ipykernel" in sys.modules
-        self._live = sys.stderr.isatty() or in_notebook
-        bar = "{bar}" if in_notebook else "{bar:20}"  # with a width, a notebook draws it in text beside its widget
+        self._live = is_live()
+        bar = "{bar}" if in_notebook() else "{bar:20}"  # with a width, a notebook draws it in text beside its widget
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -71,11 +71,6 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     """Of several runs with the standard deviation of their population, estimated from them; of one its value."""
     mean = f"{statistics.fmean(values):.4f}"
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
-
-
-def say(text: str) -> None:
-    """A line of talk on standard error, above the live line."""
-    tqdm.write(text, file=sys.stderr)
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from llm_jax import checkpoint, pretrained, sharding
 from llm_jax.config import Config, split_runs
 from llm_jax.errors import InputError
-from llm_jax.report import say
+from llm_jax.progress import say
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.train_step import TrainState
 

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -25,7 +27,8 @@ from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.programs import Programs, make_programs
-from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics, say
+from llm_jax.progress import say
+from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics
 from llm_jax.runs import Runs
 from llm_jax.tokenizers import Tokenizer
 
@@ -34,8 +37,9 @@ MAY_DIFFER = frozenset(
     "train.num_steps train.eval_every train.save_every train.log_every train.sample_every train.keep_checkpoints "
     "train.profile_steps train.accumulation_steps model.attention model.layer_execution model.remat "
     # Data is the same by data.content_hash, and the tokenizer by its own.
-    "data.path data.tokenizer data.cache_dir mesh.data".split()
+    "data.source data.path data.tokenizer data.cache_dir mesh.data".split()
 )
+DECIDED_BY_CORPUS = frozenset({"model.vocab_size", "data.content_hash"})
 
 # Steps that are dispatched before the metrics of the first of them are waited for: the device always has one to do,
 # and a signal waits for no more than these.
@@ -78,26 +82,26 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         Stopped: by SIGINT or SIGTERM, after saving.
     """
     _free_last_model()
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
     keep_compiled_programs(cache_folder(cfg.data.cache_dir))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices())
     sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
     optim.check_name(cfg.optim.name)
+    recorded = pretrained.read_run(workdir) if (workdir / "config.json").exists() else None
+    if recorded:
+        _check_same_run(*recorded, cfg, None, workdir)  # what is known before the corpus is read
     corpus = prepare(cfg.data)
     cfg = _resolve(cfg, corpus)
     tokenizer = corpus.tokenizer
-    if (workdir / "config.json").exists():
-        _check_same_run(*pretrained.read_run(workdir), cfg, tokenizer, workdir)
+    if recorded:
+        _check_same_run(*recorded, cfg, tokenizer, workdir)
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
     except InputError as error:  # now, and not when the training is done
         raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}; or set another sample.prompt") from None
     runs = Runs(cfg, workdir)
     batches = _Batches(cfg, corpus, runs, mesh)
-    pretrained.write_run(workdir, cfg, tokenizer)
-    runs.write(tokenizer)
-
     total, without_embeddings = model.count_params(cfg.model)
     device = mesh.devices.flat[0]
     say(f"{total:,} parameters, {without_embeddings:,} without embeddings, on {mesh.size} x {device.device_kind}")
@@ -106,7 +110,10 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         say(f"{len(runs)} runs in one program, in {runs.folders[0]} to {runs.folders[-1].name}")
 
     programs = make_programs(cfg, mesh, tokenizer.token_bytes())
-    with runs.open_checkpoints():
+    pretrained.make_folder(workdir)
+    with _only_here(workdir), runs.open_checkpoints():
+        pretrained.write_run(workdir, cfg, tokenizer)
+        runs.write(tokenizer)
         state = runs.restore_or_init(programs.init, mesh)
         first_step = int(np.ravel(state.step)[0])
         if first_step < cfg.train.num_steps or not any("val_loss_full" in line for line in read_metrics(workdir)):
@@ -117,6 +124,30 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
     best = _best_run(runs, workdir)
     return _remember(LanguageModel(runs.configs[best], _on_one_device(runs.part(state.eval_params, best)), tokenizer))
+
+
+@contextlib.contextmanager
+def _only_here(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in the folder meanwhile; however this one ends, its lock ends with it."""
+    try:
+        import fcntl  # of Unix
+    except ImportError:
+        yield
+        return
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise InputError(
+            f"another process trains in workdir {str(workdir)!r}; stop it first, or choose another workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def _on_one_device(params: model.Params) -> model.Params:
@@ -147,15 +178,18 @@ def _resolve(cfg: Config, corpus: Corpus) -> Config:
 
 
 def _check_same_run(
-    recorded: Config, recorded_tokenizer: Tokenizer, cfg: Config, tokenizer: Tokenizer, workdir: Path
+    recorded: Config, recorded_tokenizer: Tokenizer, cfg: Config, tokenizer: Tokenizer | None, workdir: Path
 ) -> None:
+    """Raises InputError where they differ; without a tokenizer, in what the corpus does not decide."""
     old, new = (
         {f"{group}.{name}": value for group, values in as_dict(c).items() for name, value in values.items()}
         for c in (recorded, cfg)
     )
     may_differ = MAY_DIFFER - ({"train.accumulation_steps"} if cfg.model.dropout else set())  # a mask a micro-batch
+    if tokenizer is None:
+        may_differ |= {key for key in DECIDED_BY_CORPUS if new[key] is None}
     changed = [key for key in new if old[key] != new[key] and key not in may_differ]
-    if tokenizer.fingerprint() != recorded_tokenizer.fingerprint():
+    if tokenizer and tokenizer.fingerprint() != recorded_tokenizer.fingerprint():
         if cfg.data.tokenizer == recorded.data.tokenizer:
             raise InputError(
                 f"{workdir} holds a run with another tokenizer than data.tokenizer ({cfg.data.tokenizer!r}) gives "
@@ -334,7 +368,11 @@ class _Loop:
         run = self._runs.configs[n]
         language_model = LanguageModel(run, _on_one_device(self._runs.part(state.eval_params, n)), self._tokenizer)
         request = dataclasses.asdict(run.sample)
-        print(language_model.generate(request.pop("prompt"), **request), flush=True)
+        try:
+            print(language_model.generate(request.pop("prompt"), **request), flush=True)
+        except BrokenPipeError:  # who read our output has had enough: `... | head`
+            say("nobody reads standard output any more; training goes on")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _Item, _Made = TypeVar("_Item"), TypeVar("_Made")

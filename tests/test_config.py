@@ -277,8 +277,23 @@ def test_config_files(tmp_path):
     assert freeze(load_file(str(path))).optim.peak_lr == 0.5
 
 
-def test_a_config_files_own_bug_keeps_its_traceback(tmp_path):
+@pytest.mark.parametrize(
+    "code, told",
+    [
+        ("def get_config():\n    return None.nothing\n", "line 2: AttributeError: "),
+        ("def get_config():\n    open('/nothing')\n", "line 2: FileNotFoundError: "),
+        ("\n\nimport nothing_such\n", "line 3: ModuleNotFoundError: "),
+        ("def get_config(:\n", "line 1 is not Python"),
+        ("\0", " is not Python"),
+    ],
+)
+def test_a_config_files_own_mistake_is_told_with_its_line(tmp_path, code, told):
     path = tmp_path / "mine.py"
-    path.write_text("def get_config():\n    return None.nothing\n")
-    with pytest.raises(AttributeError, match="'nothing'"):
-        load_file(str(path))
+    path.write_text(code)
+    assert told in load_error(path) and "None" not in load_error(path).replace("NoneType", "")
+
+
+def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from llm_jax.config import default as get_config\n")
+    assert load_file("~/mine.py") == default()

@@ -68,7 +68,7 @@ def test_docstring_says_command_and_parameters(path):
     text = path.read_text().split('"""')[1]
     assert f"python -m llm_jax.main --config=configs/{path.name}" in text
     counts = re.findall(r"Parameters: ([\d,]+), ([\d,]+) without embeddings", text)
-    if path.stem not in ("tiny", "shakespeare_char_cpu"):
+    if path.stem != "tiny":
         assert len(counts) == 1
     for numbers in counts:
         assert tuple(int(number.replace(",", "")) for number in numbers) == closed_form(frozen_model(path))
@@ -84,6 +84,10 @@ def test_known_shapes():
     # nanoGPT's shakespeare_char: 65 characters, 256 learned positions, no biases, LayerNorm weights.
     nanogpt = (65 + 256) * 384 + 6 * (12 * 384**2 + 2 * 384) + 384
     assert 0.99 * nanogpt < model.count_params(by_name["shakespeare_char"])[0] <= nanogpt
+    # The same of its CPU recipe, without the normed queries and keys too.
+    nanogpt = (65 + 64) * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
+    cpu = by_name["shakespeare_char_cpu"]
+    assert model.count_params(dataclasses.replace(cpu, qk_norm=False))[0] < model.count_params(cpu)[0] <= nanogpt
 
 
 def test_small_and_legacy_are_the_users_after_and_before():

@@ -418,6 +418,24 @@ def test_a_damaged_cache_entry_is_made_again(text, tmp_path):
     assert read_bytes(text(LINES, tokenizer="byte")) == LINES.encode()
 
 
+def test_another_process_that_was_faster_keeps_its_folder(text, tmp_path, monkeypatch):
+    """Between this one's look and its own folder's rename."""
+    build = corpus_module._tokenize
+
+    def other_first(*arguments):
+        monkeypatch.setattr(corpus_module, "_tokenize", build)
+        text(LINES, tokenizer="byte")  # as the other process
+        (folder,) = (tmp_path / "cache").glob("[!.]*/")
+        before.append((folder / "train.bin").stat().st_ino)
+        build(*arguments)
+
+    before = []
+    monkeypatch.setattr(corpus_module, "_tokenize", other_first)
+    assert read_bytes(text(LINES, tokenizer="byte")) == LINES.encode()
+    (file,) = (tmp_path / "cache").glob("*/train.bin")
+    assert [file.stat().st_ino] == before and not list((tmp_path / "cache").glob(".*"))
+
+
 def test_a_failed_preparation_leaves_nothing(text, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt

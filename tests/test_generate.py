@@ -214,7 +214,7 @@ def test_temperature_zero_is_argmax_whatever_the_masks():
     np.testing.assert_array_equal(tokens, np.argmax(logits, -1))
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1.2e-38, 2e-38, 1e-38])
 def test_a_tiny_temperature_is_nearly_greedy(temperature):
     logits = jax.random.normal(jax.random.key(1), (8, 30)) * 5
     how = SamplingConfig(jnp.full(8, temperature), jnp.full(8, 30), jnp.ones(8))

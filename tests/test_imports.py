@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
-    {"ops", "config", "tokenizers", "cache", "huge_pages"},
+    {"ops", "config", "tokenizers", "cache", "huge_pages", "progress"},
     {"sharding", "config_file", "documents"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},
     {"train_step", "generate", "report", "pretrained"},
@@ -43,7 +43,7 @@ def test_a_module_imports_only_rows_below(name):
     if name in ("__init__.py", "errors.py"):
         allowed = set()
     elif module(name) == "ops":
-        allowed = {"ops"}
+        allowed = {"ops"} if name == "ops/__init__.py" else set()  # each file can be lifted alone
     else:
         row = next(i for i, row in enumerate(ROWS) if module(name) in row)  # StopIteration: give it a row
         allowed = set().union(*ROWS[:row])

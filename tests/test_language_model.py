@@ -137,6 +137,12 @@ def test_new_bytes_of_one_character_are_decoded_together(lm):
 # -- Randomness
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_would_be_another_s_equal(lm, seed):
+    with pytest.raises(InputError, match="seed"):
+        lm.generate("the ", seed=seed)
+
+
 def test_the_seed_decides(lm):
     a, again, b = (lm.generate("the ", max_new_tokens=12, seed=seed) for seed in (1, 1, 2))
     assert a == again != b

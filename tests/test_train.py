@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -284,7 +286,7 @@ def test_a_finished_run_is_returned_untouched_with_every_key_that_may_differ(
         "mesh.data": 1,
         "train.num_steps": 5,
     }
-    assert {*changes} == train.MAY_DIFFER
+    assert {*changes, "data.source"} == train.MAY_DIFFER  # with a path it is "text": the next test changes it
     before = (workdir / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(train.data, "train_batches", lambda *args, **kwargs: [])  # no batch to train on
     lm = fit(config(**changes), workdir=workdir)
@@ -370,6 +372,55 @@ def test_the_same_path_with_another_text_is_an_error(tiny_text, cache, unstopped
     changed.write_bytes(tiny_text.read_bytes() + b"the end.\n")
     message = error_of(fit, tiny_config(changed, cache), workdir=unstopped)
     assert "data.content_hash" in message
+
+
+def test_the_same_text_from_another_source_continues(config, unstopped, copy, one_device):
+    """As who has lost the network gives a copy of what was downloaded."""
+    workdir = copy()
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["data"] |= {"source": "tinyshakespeare", "path": None}
+    (workdir / "config.json").write_text(json.dumps(saved))
+    fit(config(), workdir=workdir)
+    assert lines(workdir) == lines(unstopped)
+
+
+def test_another_config_is_refused_before_the_corpus_is_read(config, unstopped, one_device, monkeypatch):
+    monkeypatch.setattr(train, "prepare", lambda cfg: pytest.fail("read"))
+    message = error_of(fit, config(**{"data.vocab_size": 300, "optim.peak_lr": 0.5}), workdir=unstopped)
+    assert "data.vocab_size" in message and "optim.peak_lr" in message
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(config, copy, one_device):
+    workdir = copy()
+    before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(workdir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    other.stdout.readline()
+    message = error_of(fit, config(**{"train.num_steps": 8}), workdir=workdir)
+    assert "another process trains" in message and str(workdir) in message
+    assert before == {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
+    other.communicate("\n")
+    fit(config(**{"train.num_steps": 8}), workdir=workdir)
+
+
+def test_a_reader_of_the_samples_that_leaves_does_not_end_the_run(config, tmp_path, one_device, monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, open(writing, "w") as stdout:
+        patch.setattr(sys, "stdout", stdout)
+        fit(config(**{"train.sample_every": 1, "train.num_steps": 3}), workdir=tmp_path / "run")
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2, 3]
+    assert capfd.readouterr().err.count("nobody reads standard output") == 1
+
+
+def test_a_folder_in_the_home_folder(config, tmp_path, one_device, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lm = fit(config(**{"train.num_steps": 1}), workdir="~/runs/x")
+    assert (tmp_path / "runs/x/config.json").exists()
+    lm.save("~/copy")
+    assert llm_jax.load("~/copy").config == llm_jax.load(tmp_path / "runs/x").config
 
 
 def test_more_steps_continue_a_finished_run(config, unstopped, copy, one_device):

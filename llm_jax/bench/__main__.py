@@ -41,7 +41,7 @@ from llm_jax import flags
 from llm_jax.config import DTYPES
 from llm_jax.config_file import load_file, override
 from llm_jax.errors import InputError
-from llm_jax.report import say
+from llm_jax.progress import say
 
 COMMANDS = ("train", "attention")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
@@ -50,7 +50,7 @@ _CONFIG = absl_flags.DEFINE_string("config", None, "train: config file, such as 
 _CHANGES = absl_flags.DEFINE_multi_string(
     flags.CONFIG_CHANGES,
     [],
-    "train: --config.group.key=value changes a key of the config; llm_jax/config.py lists them all.",
+    "train: changes a key of the config, such as --config.train.batch_size=16; llm_jax/config.py lists them all.",
 )
 _PEAK_FLOPS = absl_flags.DEFINE_float(
     "peak_flops",

@@ -16,7 +16,7 @@ from llm_jax import huge_pages, ops
 from llm_jax.bench import torch_peers
 from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, cores, mebibytes, ratios, table
 from llm_jax.errors import InputError
-from llm_jax.report import say
+from llm_jax.progress import say
 
 Shape = tuple[int, int, int, int]  # B, T, N, H
 SDPA = "torch SDPA"

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax.config import Config
 from llm_jax.errors import InputError
-from llm_jax.report import say
+from llm_jax.progress import say
 
 NUM_BATCHES = 8  # different ones, taken in turn
 ROUND_SECONDS = 2.5  # of one contender: long beside a scheduler's tick, short beside a machine's drift

@@ -33,7 +33,8 @@ from llm_jax.bench.contenders import (
 from llm_jax.config import Config, as_dict, freeze, split_runs
 from llm_jax.data import Batch
 from llm_jax.errors import InputError
-from llm_jax.report import read_metrics, say
+from llm_jax.progress import say
+from llm_jax.report import read_metrics
 from llm_jax.tokenizers import BYTE_SYMBOLS, load_tokenizer
 
 PEERS = {"eager": ("transformers eager", False), "compiled": ("transformers compiled", True)}

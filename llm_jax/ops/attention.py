@@ -1,8 +1,9 @@
-"""Attention: the plain form that every fast one is tested against, a blockwise one, and the choice among all.
+"""Attention: the plain form that every fast one is tested against, a blockwise one, others' kernels, and the choice.
 
 All take grouped heads as they are (query head n reads key head n // G), float32 scores, and the same masks.
 """
 
+import contextlib
 import math
 import warnings
 from functools import partial
@@ -11,8 +12,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-
-from llm_jax.ops.fused_attention import cudnn_attention, splash_attention, why_not_cudnn
 
 # Finite, not -inf: a left-padded row has no visible key, and softmax of all -inf is NaN.
 MASK_VALUE = float(jnp.finfo(jnp.float32).min)
@@ -54,14 +53,14 @@ def attention(
     _check(q, k, causal=causal, window=window, segments=segments, implementation=implementation)
     if implementation == "auto":
         implementation = _choose(q, k, device, segments=segments, softcap=softcap)
-    elif implementation == "cudnn" and (reason := why_not_cudnn(q, device, segments=segments, softcap=softcap)):
+    elif implementation == "cudnn" and (reason := _why_not_cudnn(q, device, segments=segments, softcap=softcap)):
         raise ValueError(f"cuDNN's attention can't serve this call: {reason}")
     if implementation == "cudnn":
-        return cudnn_attention(q, k, v, causal=causal, window=window)
+        return _cudnn(q, k, v, causal=causal, window=window)
     if implementation == "splash":
         interpret = device.platform != "tpu"
         masked = dict(causal=causal, window=window, segments=segments, softcap=softcap)
-        return splash_attention(q, k, v, **masked, interpret=interpret)
+        return _splash(q, k, v, **masked, interpret=interpret)
     if implementation == "blockwise":
         tile = TILE_ELEMENTS if device.platform == "cpu" else ACCELERATOR_TILE_ELEMENTS
         return _blockwise(q, k, v, segments, _Static(causal, window, softcap, tile))
@@ -127,7 +126,7 @@ def _choose(q, k, device, *, segments, softcap):
     if device.platform == "tpu":
         return "splash"
     if device.platform == "gpu":
-        reason = why_not_cudnn(q, device, segments=segments, softcap=softcap)
+        reason = _why_not_cudnn(q, device, segments=segments, softcap=softcap)
         if reason is None:
             return "cudnn"
         # Python shows a warning of the same words once.
@@ -164,7 +163,7 @@ def _cap(scores, softcap):
 # queries can see, in one product. The sizes keep such a tile of scores inside a core's cache, which
 # is where the speed comes from.
 
-QUERY_BLOCK = 64
+BLOCK_SIZES = (64, 256)  # queries: the smallest and the largest; larger for longer texts
 TILE_ELEMENTS = 2**17
 ACCELERATOR_TILE_ELEMENTS = 2**27  # no cache to stay in, but memory: half a GiB of float32 (not measured)
 MAX_RUNS = 8  # key ranges of different length: bounds the compiled program's size
@@ -270,8 +269,14 @@ def _scores(q_i, k, segments, start, at, keys, time, static):
 
 
 def _block_sizes(time: int) -> tuple[int, int]:
-    """(queries in a block, time padded to a multiple of it)."""
-    blocks = math.ceil(time / QUERY_BLOCK)
+    """(queries in a block, time padded to a multiple of it).
+
+    As many blocks as there are runs, so that every block meets only keys that it can see; but no block so large that
+    a tile grows with the square of the length. Forward and backward on 2 CPU cores, blocks of 64 / 128 / 256:
+    T=512 68 / 76 / 73 ms (B8 N8 H16), T=1024 145 / 76 / 78 (B4), T=4096 335 / 262 / 241 (B1).
+    """
+    smallest, largest = BLOCK_SIZES
+    blocks = math.ceil(time / min(max(math.ceil(time / MAX_RUNS), smallest), largest))
     block = math.ceil(time / blocks)
     return block, block * blocks
 
@@ -379,3 +384,106 @@ def _transposed_product(rows, tile):
 def _add_at(total, part, start):
     size = part.shape[2]
     return jax.lax.dynamic_update_slice_in_dim(total, _cut(total, start, size, 2) + part, start, 2)
+
+
+# --- Kernels of others -----------------------------------------------------------------------------
+#
+# cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs; both take as many queries as keys.
+
+# Splash attention's blocks are multiples of this. Larger ones read keys and values less often: the largest of
+# SPLASH_BLOCKS that divides the padded length is taken (by the kernel's authors' use of it, not measured here).
+SPLASH_UNIT = 128
+SPLASH_BLOCKS = (512, 256, 128)
+
+
+def _why_not_cudnn(
+    q: Float[Array, "B T N H"],
+    device: jax.Device,
+    *,
+    segments: Int[Array, "B T"] | None,
+    softcap: float | None,
+) -> str | None:
+    """What keeps cuDNN's flash attention from serving this call; None: nothing."""
+    capability = getattr(device, "compute_capability", "")
+    try:
+        major_minor = float(capability)
+    except ValueError:  # AMD's are names
+        major_minor = 0.0
+    if major_minor < 8.0:
+        return f"it needs compute capability 8.0 or more, and {device.device_kind} has {capability or 'none'}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 or float16, not {q.dtype} (model.compute_dtype)"
+    if q.shape[-1] > 128 or q.shape[-1] % 8:
+        return f"it takes heads of at most 128 channels, a multiple of 8, not {q.shape[-1]}"
+    if softcap is not None:
+        return "it has no soft-cap"
+    if segments is not None:
+        return "it takes segments only as a mask of T x T"
+    return None
+
+
+def _cudnn(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    causal: bool,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn"
+    )
+
+
+def _splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    causal: bool,
+    window: int | None,
+    segments: Int[Array, "B T"] | None,
+    softcap: float | None,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Pallas' splash attention, on lengths padded to a multiple of 128. `interpret`: on any platform, slowly."""
+    # Here and not above: half a second, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    time, heads, head_dim = q.shape[1:]
+    padded = math.ceil(time / SPLASH_UNIT) * SPLASH_UNIT
+    shape = (padded, padded)
+    if window is not None:
+        mask = masks.LocalMask(shape, (window - 1, 0), 0)
+    else:
+        mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    if segments is None and not causal and padded > time:
+        segments = jnp.zeros(q.shape[:2], jnp.int32)  # only to tell the padding apart
+    block = next(size for size in SPLASH_BLOCKS if padded % size == 0)
+    names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq block_kv_dq"
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(names.split(), block)),
+        attn_logits_soft_cap=softcap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def one_text(q, k, v, segments):
+        ids = None if segments is None else kernels.SegmentIds(segments, segments)
+        return kernel(q, k, v, segment_ids=ids)
+
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not scale
+    # [B, T, N, H] -> [B, N, padded, H]
+    folded = [jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - time), (0, 0))) for x in (q, k, v)]
+    if segments is not None:
+        lowest = jnp.iinfo(jnp.int32).min  # of the padding: no text has it
+        segments = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, padded - time)), constant_values=lowest)
+    # f32 means f32: the kernel's products would be bf16's otherwise.
+    precise = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
+    with precise:
+        out = jax.vmap(one_text, in_axes=(0, 0, 0, None if segments is None else 0))(*folded, segments)
+    return out.swapaxes(1, 2)[:, :time].astype(v.dtype)

@@ -1,5 +1,7 @@
 """The plain form against float64 numpy and torch; the blockwise form against the plain one."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +125,18 @@ def test_blockwise_equals_plain_with_gradients(name, time):
         np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["causal", "full", "window_7", "window_100", "segments_full_softcap"])
+def test_more_blocks_than_runs(name, monkeypatch):
+    """Then the blocks of a run share one range of keys, in a loop: as for texts of more than 2,048 tokens."""
+    monkeypatch.setattr(sys.modules["llm_jax.ops.attention"], "BLOCK_SIZES", (16, 16))
+    arrays = inputs(331)  # no other test's, whose compiled function would be found
+    chosen = options(name, 331)
+    plain = value_and_gradients(arrays, chosen, "plain")
+    blockwise = value_and_gradients(arrays, chosen, "blockwise")
+    for expected, actual in zip(plain, blockwise, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (5, 1)])
 def test_grouped_heads_read_their_own_key_head(heads, kv_heads):
     """As if each key head were repeated N // K times in a row."""
@@ -223,14 +237,14 @@ def temporary_bytes(time, implementation, **chosen):
 
 @pytest.mark.parametrize("chosen", [{}, {"causal": False}, {"window": 300}], ids=str)
 def test_blockwise_memory_is_linear_in_time(chosen):
-    short, long = (temporary_bytes(time, "blockwise", **chosen) for time in (1024, 2048))
-    assert long < 2048 * 2048  # bytes: even a matrix of booleans would not fit
+    short, long = (temporary_bytes(time, "blockwise", **chosen) for time in (4096, 8192))
+    assert long < 8192 * 8192  # bytes: even a matrix of booleans would not fit
     assert long < 2.5 * short
 
 
 def test_plain_memory_is_not():
     """So that the test above would notice."""
-    assert temporary_bytes(2048, "plain") > 2048 * 2048
+    assert temporary_bytes(8192, "plain") > 8192 * 8192
 
 
 def test_auto_is_blockwise_for_long_texts_only():

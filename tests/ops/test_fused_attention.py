@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax import ops
-from llm_jax.ops.attention import _choose
-from llm_jax.ops.fused_attention import why_not_cudnn
+from llm_jax.ops.attention import _choose, _why_not_cudnn
 
 STATIC = ("causal", "window", "softcap", "implementation")
 
@@ -121,7 +120,7 @@ def test_auto_takes_the_kernel_of_the_device():
             "blockwise",
         ]
         assert _choose(q[:, :32], k[:, :32], tpu, **nothing) == _choose(q[:, :64], k, gpu(), **nothing) == "plain"
-    assert why_not_cudnn(q, gpu(), **nothing) is None
+    assert _why_not_cudnn(q, gpu(), **nothing) is None
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")

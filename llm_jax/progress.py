@@ -1,0 +1,32 @@
+"""How work that takes long shows itself on standard error: a live line for a person, plain lines for a log file."""
+
+import sys
+
+from tqdm.auto import tqdm
+
+LOG_SECONDS = 30  # between two lines in a log file
+
+
+def in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
+def is_live() -> bool:
+    """Whether a line can be drawn over: a terminal or a notebook, not a file."""
+    return sys.stderr.isatty() or in_notebook()
+
+
+def say(text: str) -> None:
+    """A line of talk on standard error, above the live line."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def byte_bar(total: int, what: str) -> tqdm:
+    """A bar of `total` bytes that goes away when it is done; in a log file a line now and then, if it takes long."""
+    plain = dict(
+        bar_format="{desc}: {percentage:.0f}%, {remaining} left\n",
+        mininterval=LOG_SECONDS,
+        maxinterval=2 * LOG_SECONDS,
+        delay=LOG_SECONDS,
+    )
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, **({} if is_live() else plain))
