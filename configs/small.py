@@ -1,5 +1,5 @@
 """The modern small model: RMSNorm, RoPE, SwiGLU, 128 wide, 8 heads, 6 layers, context 256, trained on the Python
-standard library's own source with a byte-level BPE of 8,192 tokens.
+standard library's own source with a byte-level BPE of 8,192 tokens, by Muon.
 
 python -m llm_jax.main --config=configs/small.py
 
@@ -18,9 +18,14 @@ def get_config():
     config.model.n_layer = 6
     config.model.block_size = 256
     config.data.vocab_size = 8192  # fewer bits per byte than 2,048 and 4,096 in the same time
+    config.optim.name = "muon"
+    config.optim.schedule = "wsd"
     config.optim.peak_lr = 3e-3
+    config.optim.final_lr = 0.0
+    config.optim.warmup_steps = 50
+    config.optim.decay_fraction = 0.5
     config.train.batch_size = 4
-    config.train.num_steps = 1400
+    config.train.num_steps = 1000
     config.train.eval_every = 500
     config.train.save_every = 500
     config.sample.max_new_tokens = 150

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from llm_jax.config import freeze
+from llm_jax.config_file import load_file
+
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOKS = ("quickstart", "pure_functions")
 
@@ -179,6 +182,19 @@ def test_small_settings_override_settings_that_are_there():
     [(_, source)] = code_cells("quickstart", "settings")
     names = {target.id for node in ast.parse(source).body for target in node.targets}
     assert {*SMALL, "TEXT"} <= names
+
+
+def test_settings_are_those_of_small_py():
+    """As the notebook says. It has intervals and a prompt of its own."""
+    namespace = {"CACHE_DIR": None}
+    for tags, source in code_cells("quickstart"):
+        if "settings" in tags or "\nconfig = default()" in source:
+            exec(source, namespace)
+    small = load_file(str(REPOSITORY / "configs" / "small.py"))
+    for cfg in (namespace["config"], small):
+        cfg.train.update(eval_every=1, save_every=1, log_every=1)
+        cfg.sample.prompt = ""
+    assert freeze(namespace["config"]) == freeze(small)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
