@@ -66,7 +66,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     attention: str = "auto"  # auto (the fastest that fits) | plain | blockwise | cudnn | splash
     layer_execution: str = "auto"  # auto | scan | unrolled
-    remat: str = "none"  # activations kept: none (all) | block (only each block's input) | dots
+    remat: str = "none"  # computed again: none (norms, MLP activations) | block (each, from its input) | dots
 
 
 @dataclasses.dataclass(frozen=True)
