@@ -85,8 +85,8 @@ def _residual_matrix(cfg: ModelConfig) -> nn.initializers.Initializer:
 
 
 # The backward pass computes cheap functions again from what goes into them, instead of keeping what comes out and
-# what is on the way: 280 instead of 427 MiB for GPT-2's block, 6 layers 128 wide, on 16 x 256 tokens, and on two cores
-# 1.05 times as fast.
+# what is on the way: GPT-2's block, 6 layers 128 wide, on 16 x 256 tokens takes 280 instead of 427 MiB, and is 1.05
+# times as fast on two cores.
 _recomputed = jax.checkpoint
 
 
