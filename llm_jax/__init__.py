@@ -8,7 +8,6 @@
 """
 
 import importlib
-import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -20,6 +19,7 @@ _PUBLIC = {
     "fit": "train",
     "load": "language_model",
 }
+_MODULES = ("config", "generate", "huge_pages", "model", "ops")
 
 __all__ = ["InputError", "LanguageModel", "fit", "load"]
 
@@ -27,10 +27,10 @@ __all__ = ["InputError", "LanguageModel", "fit", "load"]
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"llm_jax.{_PUBLIC[name]}"), name)
-    if importlib.util.find_spec(f"llm_jax.{name}"):  # llm_jax.ops, llm_jax.config: modules, without an import of them
+    if name in _MODULES:
         return importlib.import_module(f"llm_jax.{name}")
     raise AttributeError(f"module 'llm_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, *_MODULES])

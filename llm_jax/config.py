@@ -66,7 +66,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     attention: str = "auto"  # auto (the fastest that fits) | plain | blockwise | cudnn | splash
     layer_execution: str = "auto"  # auto | scan | unrolled
-    remat: str = "none"  # computed again: none (norms, MLP activations) | block (each, from its input) | dots
+    remat: str = "none"  # kept for the backward pass: none (all but what is cheap) | block (its input) | dots
 
 
 @dataclasses.dataclass(frozen=True)

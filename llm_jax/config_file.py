@@ -1,6 +1,7 @@
 """A config as a person writes it: a file, and changes to it on a command line."""
 
 import dataclasses
+import os
 import re
 import runpy
 import traceback
@@ -16,7 +17,7 @@ from llm_jax.errors import InputError
 
 def load_file(path: str) -> ConfigDict:
     """The ConfigDict that a config file's `get_config()` returns. The file is Python, and is run."""
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     try:
         file.read_bytes()  # apart, since the file's own code may raise OSError too
     except OSError as error:
@@ -26,8 +27,9 @@ def load_file(path: str) -> ConfigDict:
     try:
         namespace = runpy.run_path(str(file))
     except SyntaxError as error:
-        where = f" line {error.lineno}" if error.lineno else ""
-        raise InputError(f"config file {path!r}{where} is not Python ({error.msg}); correct it") from None
+        where = f"config file {path!r}" if error.filename in (None, str(file)) else f"{error.filename!r}"
+        line = f" line {error.lineno}" if error.lineno else ""
+        raise InputError(f"{where}{line} is not Python ({error.msg}); correct it") from None
     except Exception as error:
         raise _own_mistake(path, file, error) from None
     if "get_config" not in namespace:

@@ -4,6 +4,7 @@
 content and tokenizer, and opens it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -126,19 +127,23 @@ def _open_or_build(cache: Path, key: list, content_hash: str, build: Callable[[P
             sizes = {name: (partial / name).stat().st_size for name in ("train.bin", "val.bin")}
             meta = {"format": FORMAT, "content_hash": content_hash, "sizes": sizes}
             (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-                if _open(folder, content_hash) is None:  # cut short, by a power failure say
-                    shutil.rmtree(folder)
-                    partial.rename(folder)
-                # else another process was faster: its files are the same
+            _place(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         corpus = _open(folder, content_hash)
     return corpus
+
+
+def _place(made: Path, folder: Path) -> None:
+    """Renames a folder into the cache, unless another process was faster: its files are the same."""
+    with contextlib.suppress(OSError):
+        made.rename(folder)
+        return
+    if _open(folder, "") is None:  # cut short, by a power failure say
+        old = made.with_name(f"{made.name}.old")
+        folder.rename(old)
+        made.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _open(folder: Path, content_hash: str) -> Corpus | None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from llm_jax.errors import InputError
+from llm_jax.progress import silence_standard_output
 
 CONFIG_CHANGES = "config.group.key"  # the flag that collects them all, each as "group.key=value"
 
@@ -34,7 +35,7 @@ def run(main: Callable[..., Any], *, subcommands: Sequence[str] = ()) -> NoRetur
         except InputError as error:
             _mistake(error)
         except BrokenPipeError:  # who read our output has had enough: `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its own exit
+            silence_standard_output()  # else Python complains at its own exit
             sys.exit(128 + signal.SIGPIPE)
         except KeyboardInterrupt as stop:
             print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)

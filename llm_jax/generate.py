@@ -45,8 +45,8 @@ def sample_tokens(
     """One token a row, drawn with `fold_in(key, position)`: of the row's own key and position alone."""
     greedy = sampling.temperature == 0
     logits = logits.astype(jnp.float32)
-    below_highest = logits - jnp.max(logits, axis=-1, keepdims=True)  # the same softmax, and no infinity above
-    warped = below_highest / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
+    # Below 1e-30 logits would overflow, and nothing changes any more.
+    warped = logits / jnp.where(greedy, 1.0, jnp.maximum(sampling.temperature, 1e-30))[:, None]
     warped = ops.top_k_mask(warped, sampling.top_k)
     warped = ops.top_p_mask(warped, sampling.top_p)
     uniform = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(keys, positions)

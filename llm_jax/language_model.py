@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def load(path: str | Path, *, step: int | str = "best") -> "LanguageModel":
     Raises:
         InputError: there is no run or no such checkpoint.
     """
-    return LanguageModel(*pretrained.load_run(Path(path).expanduser(), step=step))
+    return LanguageModel(*pretrained.load_run(Path(os.path.expanduser(path)), step=step))
 
 
 class LanguageModel:
@@ -108,7 +109,7 @@ class LanguageModel:
         Raises:
             InputError: the folder holds a run already.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if (path / "config.json").exists():
             raise InputError(f"{str(path)!r} holds a run already; save to another folder")
         with checkpoint.open_checkpoints(path / "checkpoints") as manager:

@@ -24,11 +24,11 @@ _WORKDIR = absl_flags.DEFINE_string(
 
 
 def main() -> None:
+    huge_pages.restart("llm_jax.main")  # after mistakes in the flags are told, before anything else
     if not _CONFIG.value:
         raise InputError("no --config given; for example --config=configs/small.py")
     config = load_file(_CONFIG.value)
     override(config, _CHANGES.value)
-    huge_pages.restart("llm_jax.main")  # before jax is loaded, after mistakes in the flags are told
     with flags.importing():
         from llm_jax.train import fit
 

@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from llm_jax import checkpoint, model
 from llm_jax.config import Config, as_dict, freeze, split_runs
 from llm_jax.errors import InputError
+from llm_jax.files import write_whole
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -73,16 +74,19 @@ def make_folder(workdir: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=workdir):
             return workdir
     except OSError as error:
-        raise InputError(
-            f"workdir {str(workdir)!r} cannot be written ({error.strerror}); choose another --workdir"
-        ) from None
+        raise _unwritable(workdir, error) from None
+
+
+def _unwritable(workdir: Path, error: OSError) -> InputError:
+    return InputError(f"workdir {str(workdir)!r} cannot be written ({error.strerror}); choose another --workdir")
 
 
 def write_run(workdir: str | Path, cfg: Config, tokenizer: Tokenizer) -> None:
     """Writes what identifies a run: config.json and tokenizer.json."""
     workdir = make_folder(workdir)
-    tokenizer.save(workdir)
-    # The config last, and whole: a folder that has it is a run.
-    whole = workdir / "config.json.tmp"
-    whole.write_text(json.dumps(as_dict(cfg), indent=2) + "\n")
-    whole.replace(workdir / "config.json")
+    try:
+        tokenizer.save(workdir)
+        # The config last: a folder that has it is a run.
+        write_whole(workdir / "config.json", json.dumps(as_dict(cfg), indent=2) + "\n")
+    except OSError as error:  # a full disk
+        raise _unwritable(workdir, error) from None

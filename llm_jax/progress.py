@@ -1,5 +1,7 @@
 """How work that takes long shows itself on standard error: a live line for a person, plain lines for a log file."""
 
+import contextlib
+import os
 import sys
 
 from tqdm.auto import tqdm
@@ -17,8 +19,15 @@ def is_live() -> bool:
 
 
 def say(text: str) -> None:
-    """A line of talk on standard error, above the live line."""
-    tqdm.write(text, file=sys.stderr)
+    """A line of talk on standard error, above the live line; nothing, where nobody reads it any more."""
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write(text, file=sys.stderr)
+
+
+def silence_standard_output() -> None:
+    """For when its reader has gone: what is still printed goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def byte_bar(total: int, what: str) -> tqdm:

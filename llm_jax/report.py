@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from llm_jax.files import write_whole
 from llm_jax.progress import in_notebook, is_live, say
 
 
@@ -23,9 +24,7 @@ class Report:
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= first_step and "val_loss_full" not in line]
         self.seconds_before = max((line.get("wall_seconds", 0.0) for line in kept), default=0.0)
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        whole.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         self._start, self._first_step = time.monotonic(), first_step
         # A terminal or a notebook gets one live line, anything else (a log file) a plain line a log.

@@ -17,6 +17,7 @@ import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm_jax.errors import InputError
+from llm_jax.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_SYMBOLS = 256
@@ -128,8 +129,8 @@ class Tokenizer:
             "add_bos_token": self.add_bos,
             "split_special_tokens": self.split_special_tokens,
         }
-        _write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-        _write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
 
     def fingerprint(self) -> str:
         """sha256 of everything that decides which ids a text becomes; the same after save and load."""
@@ -266,13 +267,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         split_special_tokens=bool(settings.get("split_special_tokens", False)),
         settings=settings,
     )
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """A kill leaves the file as it was or as it will be, never cut."""
-    partial = file.with_name(f"{file.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _read_json(file: Path, what: str, *, remedy: str) -> dict:

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -27,7 +26,7 @@ from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.programs import Programs, make_programs
-from llm_jax.progress import say
+from llm_jax.progress import say, silence_standard_output
 from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics
 from llm_jax.runs import Runs
 from llm_jax.tokenizers import Tokenizer
@@ -82,20 +81,16 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         Stopped: by SIGINT or SIGTERM, after saving.
     """
     _free_last_model()
-    workdir = Path(workdir).expanduser()
+    workdir = Path(os.path.expanduser(workdir))
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
     keep_compiled_programs(cache_folder(cfg.data.cache_dir))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices())
     sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
     optim.check_name(cfg.optim.name)
-    recorded = pretrained.read_run(workdir) if (workdir / "config.json").exists() else None
-    if recorded:
-        _check_same_run(*recorded, cfg, None, workdir)  # what is known before the corpus is read
+    _check_same_run(workdir, cfg, None)  # what is known before the corpus is read
     corpus = prepare(cfg.data)
     cfg = _resolve(cfg, corpus)
     tokenizer = corpus.tokenizer
-    if recorded:
-        _check_same_run(*recorded, cfg, tokenizer, workdir)
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
     except InputError as error:  # now, and not when the training is done
@@ -111,9 +106,12 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
 
     programs = make_programs(cfg, mesh, tokenizer.token_bytes())
     pretrained.make_folder(workdir)
-    with _only_here(workdir), runs.open_checkpoints():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_here(workdir))
+        _check_same_run(workdir, cfg, tokenizer)
         pretrained.write_run(workdir, cfg, tokenizer)
         runs.write(tokenizer)
+        stack.enter_context(runs.open_checkpoints())
         state = runs.restore_or_init(programs.init, mesh)
         first_step = int(np.ravel(state.step)[0])
         if first_step < cfg.train.num_steps or not any("val_loss_full" in line for line in read_metrics(workdir)):
@@ -177,10 +175,11 @@ def _resolve(cfg: Config, corpus: Corpus) -> Config:
     )
 
 
-def _check_same_run(
-    recorded: Config, recorded_tokenizer: Tokenizer, cfg: Config, tokenizer: Tokenizer | None, workdir: Path
-) -> None:
-    """Raises InputError where they differ; without a tokenizer, in what the corpus does not decide."""
+def _check_same_run(workdir: Path, cfg: Config, tokenizer: Tokenizer | None) -> None:
+    """Raises InputError if the folder holds another run; without a tokenizer, by what the corpus does not decide."""
+    if not (workdir / "config.json").exists():
+        return
+    recorded, recorded_tokenizer = pretrained.read_run(workdir)
     old, new = (
         {f"{group}.{name}": value for group, values in as_dict(c).items() for name, value in values.items()}
         for c in (recorded, cfg)
@@ -371,8 +370,8 @@ class _Loop:
         try:
             print(language_model.generate(request.pop("prompt"), **request), flush=True)
         except BrokenPipeError:  # who read our output has had enough: `... | head`
+            silence_standard_output()
             say("nobody reads standard output any more; training goes on")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _Item, _Made = TypeVar("_Item"), TypeVar("_Made")

@@ -191,6 +191,7 @@ RULES = [
     ({"optim.b2": 1.0}, ["optim.b2 (1.0)", "below 1"]),
     ({"train.batch_size": 0}, ["train.batch_size (0)", "1 or more"]),
     ({"train.num_steps": 0}, ["train.num_steps (0)", "1 or more"]),
+    ({"train.num_steps": 2**31}, ["train.num_steps (2147483648)", "at most 2147483647"]),
     ({"train.eval_every": -1}, ["train.eval_every (-1)", "0 or more"]),
     ({"train.batch_size": 6, "train.accumulation_steps": 4}, ["batch_size (6)", "accumulation_steps (4)"]),
     ({"sample.temperature": -1.0}, ["sample.temperature (-1.0)", "0 (greedy) or more"]),
@@ -284,7 +285,7 @@ def test_config_files(tmp_path):
         ("def get_config():\n    open('/nothing')\n", "line 2: FileNotFoundError: "),
         ("\n\nimport nothing_such\n", "line 3: ModuleNotFoundError: "),
         ("def get_config(:\n", "line 1 is not Python"),
-        ("\0", " is not Python"),
+        ("\0", "null bytes"),
     ],
 )
 def test_a_config_files_own_mistake_is_told_with_its_line(tmp_path, code, told):

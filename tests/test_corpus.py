@@ -419,18 +419,19 @@ def test_a_damaged_cache_entry_is_made_again(text, tmp_path):
 
 
 def test_another_process_that_was_faster_keeps_its_folder(text, tmp_path, monkeypatch):
-    """Between this one's look and its own folder's rename."""
-    build = corpus_module._tokenize
+    """It is done just after this one has looked."""
+    look = corpus_module._open
 
-    def other_first(*arguments):
-        monkeypatch.setattr(corpus_module, "_tokenize", build)
+    def other_after(*arguments):
+        seen = look(*arguments)
+        monkeypatch.setattr(corpus_module, "_open", look)
         text(LINES, tokenizer="byte")  # as the other process
         (folder,) = (tmp_path / "cache").glob("[!.]*/")
         before.append((folder / "train.bin").stat().st_ino)
-        build(*arguments)
+        return seen
 
     before = []
-    monkeypatch.setattr(corpus_module, "_tokenize", other_first)
+    monkeypatch.setattr(corpus_module, "_open", other_after)
     assert read_bytes(text(LINES, tokenizer="byte")) == LINES.encode()
     (file,) = (tmp_path / "cache").glob("*/train.bin")
     assert [file.stat().st_ino] == before and not list((tmp_path / "cache").glob(".*"))

@@ -1,3 +1,4 @@
+import os
 import platform
 import subprocess
 import sys
@@ -29,15 +30,40 @@ def test_the_training_command_starts_itself_again_once(clean_env, tmp_path):
     env = {name: value for name, value in clean_env.items() if name != huge_pages.VARIABLE}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     told = done.stderr.splitlines()
-    assert (done.returncode, done.stdout, len(told)) == (2, "", 3)
-    process = told[0].split()[0]
-    assert told[0] == f"{process} None {flags}"
-    assert told[1] == f"{process} {huge_pages.TUNABLES} {flags}"
-    assert told[2] == "error: model.n_layer (0) must be 1 or more"
+    # The config file is run once, after the restart.
+    assert (done.returncode, done.stdout, len(told)) == (2, "", 2)
+    assert told[0].split(maxsplit=1)[1] == f"{huge_pages.TUNABLES} {flags}"
+    assert told[1] == "error: model.n_layer (0) must be 1 or more"
 
     env[huge_pages.VARIABLE] = "glibc.malloc.hugetlb=0"  # a person's choice
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert [line.split()[1] for line in done.stderr.splitlines()[:-1]] == ["glibc.malloc.hugetlb=0"]
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("-m llm_jax.main --config=x.py", True),
+        ("-X dev -u -W error -m llm_jax.main", True),
+        ("-m pdb -m llm_jax.main", False),
+        ("-c pass -m llm_jax.main", False),
+        ("train.py -m llm_jax.main", False),
+        ("-m llm_jax.sample", False),
+        ("-m", False),
+        ("", False),
+    ],
+)
+def test_only_the_interpreter_s_own_module_is_started_again(monkeypatch, arguments, expected):
+    started = []
+    monkeypatch.setattr(huge_pages, "environment", lambda given: {huge_pages.VARIABLE: "x"})
+    monkeypatch.setattr(huge_pages.os, "execve", lambda *how: started.append(how))
+    monkeypatch.setattr(sys, "orig_argv", ["python", *arguments.split()])
+    huge_pages.restart("llm_jax.main")
+    assert bool(started) == expected
+    if started:
+        [(program, argv, env)] = started
+        assert (program, argv) == (sys.executable, [sys.executable, *arguments.split()])
+        assert env[huge_pages.VARIABLE] == "x" and env["PATH"] == os.environ["PATH"]
 
 
 @linux_with_glibc
@@ -58,9 +84,3 @@ def test_nothing_is_added_elsewhere(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert huge_pages.environment({}) == {}
-
-
-def test_only_the_command_itself_is_started_again(monkeypatch):
-    monkeypatch.setattr(huge_pages, "environment", lambda given: {huge_pages.VARIABLE: "x"})
-    monkeypatch.setattr(huge_pages.os, "execve", lambda *arguments: pytest.fail("started again"))
-    huge_pages.restart("llm_jax.main")  # this is a test's process

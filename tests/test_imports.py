@@ -9,7 +9,8 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
-    {"ops", "config", "tokenizers", "cache", "huge_pages", "progress"},
+    {"files", "progress"},
+    {"ops", "config", "tokenizers", "cache", "huge_pages"},
     {"sharding", "config_file", "documents"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},
     {"train_step", "generate", "report", "pretrained"},
@@ -95,6 +96,13 @@ def test_importing_every_module_starts_no_device(run_python):
     code = f"import {', '.join(names)}\nfrom jax._src import xla_bridge\nprint(xla_bridge.backends_are_initialized())"
     result = run_python("-c", code)
     assert (result.stdout, result.returncode) == ("False\n", 0), result.stderr
+
+
+def test_modules_that_the_documentation_names_need_no_import_of_their_own(run_python):
+    code = "import llm_jax\nprint(llm_jax.config.default().model.n_embd, llm_jax.ops.rope, hasattr(llm_jax, 'main'))"
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("128 <function rope") and result.stdout.endswith("False\n")
 
 
 def test_public_names():

@@ -358,7 +358,7 @@ def test_execution_remat_and_attention_change_no_number(values, scanned):
         np.testing.assert_allclose(a, b, atol=1e-5)  # gradients reach 0.1
 
 
-def test_remat_keeps_less_for_the_backward_pass_and_unrolling_takes_all_periods_at_once(scanned):
+def test_remat_keeps_less_for_the_backward_pass_and_unrolling_takes_all_periods_at_once(scanned, monkeypatch):
     cfg, params, *_ = scanned
 
     def kept(remat):
@@ -368,6 +368,10 @@ def test_remat_keeps_less_for_the_backward_pass_and_unrolling_takes_all_periods_
 
     assert kept("block") < kept("dots") < kept("none")
     assert kept("none") > 2 * kept("block")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_recomputed", lambda cfg, function: function)
+        everything = kept("none")
+    assert kept("none") < 0.8 * everything  # norms and MLP activations are computed again
 
     def traced(execution):
         changed = dataclasses.replace(cfg, layer_execution=execution)

@@ -390,6 +390,22 @@ def test_another_config_is_refused_before_the_corpus_is_read(config, unstopped, 
     assert "data.vocab_size" in message and "optim.peak_lr" in message
 
 
+def test_a_run_that_another_process_made_meanwhile_is_not_continued_as_one_s_own(
+    config, tmp_path, one_device, monkeypatch
+):
+    prepare = train.prepare
+
+    def other_meanwhile(cfg):
+        monkeypatch.setattr(train, "prepare", prepare)
+        fit(config(**{"train.num_steps": 2}), workdir=tmp_path / "run")
+        return prepare(cfg)
+
+    monkeypatch.setattr(train, "prepare", other_meanwhile)
+    message = error_of(fit, config(**{"train.num_steps": 2, "optim.peak_lr": 0.5}), workdir=tmp_path / "run")
+    assert "another config" in message and "optim.peak_lr" in message
+    assert json.loads((tmp_path / "run/config.json").read_text())["optim"]["peak_lr"] != 0.5
+
+
 def test_a_folder_is_trained_in_by_one_process_at_a_time(config, copy, one_device):
     workdir = copy()
     before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}

@@ -163,7 +163,7 @@ def _cap(scores, softcap):
 # queries can see, in one product. The sizes keep such a tile of scores inside a core's cache, which
 # is where the speed comes from.
 
-BLOCK_SIZES = (64, 256)  # queries: the smallest and the largest; larger for longer texts
+BLOCK_SIZES = (64, 128)  # queries: for short texts, or a short window, and for long ones
 TILE_ELEMENTS = 2**17
 ACCELERATOR_TILE_ELEMENTS = 2**27  # no cache to stay in, but memory: half a GiB of float32 (not measured)
 MAX_RUNS = 8  # key ranges of different length: bounds the compiled program's size
@@ -196,7 +196,7 @@ def _blockwise(q, k, v, segments, static):
 
 def _blockwise_forward(q, k, v, segments, static):
     time = q.shape[1]
-    block, padded = _block_sizes(time)
+    block, padded = _block_sizes(time, static.window)
 
     def group(q, k, v, segments):
         def one_block(carry, start, keys):
@@ -220,7 +220,7 @@ def _blockwise_forward(q, k, v, segments, static):
 def _blockwise_backward(static, residuals, d_out):
     q, k, v, segments, out, lse = residuals
     time = q.shape[1]
-    block, padded = _block_sizes(time)
+    block, padded = _block_sizes(time, static.window)
     # sum_s weights * d_weights of each query, from Dao et al. 2022, equation 4.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
 
@@ -268,15 +268,16 @@ def _scores(q_i, k, segments, start, at, keys, time, static):
     return _cap(scores, static.softcap), visible
 
 
-def _block_sizes(time: int) -> tuple[int, int]:
+def _block_sizes(time: int, window: int | None) -> tuple[int, int]:
     """(queries in a block, time padded to a multiple of it).
 
-    As many blocks as there are runs, so that every block meets only keys that it can see; but no block so large that
-    a tile grows with the square of the length. Forward and backward on 2 CPU cores, blocks of 64 / 128 / 256:
-    T=512 68 / 76 / 73 ms (B8 N8 H16), T=1024 145 / 76 / 78 (B4), T=4096 335 / 262 / 241 (B1).
+    Between the two sizes, a block for each run: then every block meets only keys that it can see. Forward and
+    backward on 2 CPU cores, blocks of 64 / 128 / 256: T=512 68 / 76 / 73 ms (B8 N8 H16), T=1024 145 / 76 / 78 (B4),
+    T=4096 335 / 262 / 241 (B1); 256 would make the temporary memory of T=2048 seven times that of 1024.
     """
     smallest, largest = BLOCK_SIZES
-    blocks = math.ceil(time / min(max(math.ceil(time / MAX_RUNS), smallest), largest))
+    most_keys = min(time, window or time)
+    blocks = math.ceil(time / min(max(math.ceil(most_keys / MAX_RUNS), smallest), largest))
     block = math.ceil(time / blocks)
     return block, block * blocks
 
