@@ -27,7 +27,7 @@ def load(path: str | Path, *, step: int | str = "best") -> "LanguageModel":
     Raises:
         InputError: there is no run or no such checkpoint.
     """
-    return LanguageModel(*pretrained.load_run(Path(os.path.expanduser(path)), step=step))
+    return LanguageModel(*pretrained.load_run(os.path.expanduser(path), step=step))
 
 
 class LanguageModel:

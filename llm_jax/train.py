@@ -97,6 +97,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}; or set another sample.prompt") from None
     runs = Runs(cfg, workdir)
     batches = _Batches(cfg, corpus, runs, mesh)
+    pretrained.make_folder(workdir)
     total, without_embeddings = model.count_params(cfg.model)
     device = mesh.devices.flat[0]
     say(f"{total:,} parameters, {without_embeddings:,} without embeddings, on {mesh.size} x {device.device_kind}")
@@ -105,7 +106,6 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         say(f"{len(runs)} runs in one program, in {runs.folders[0]} to {runs.folders[-1].name}")
 
     programs = make_programs(cfg, mesh, tokenizer.token_bytes())
-    pretrained.make_folder(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_here(workdir))
         _check_same_run(workdir, cfg, tokenizer)
