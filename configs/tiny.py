@@ -1,6 +1,9 @@
-"""A model for tests: two layers, 32 wide; seconds to train.
+"""A model for tests: two layers, 32 wide, on the bytes of Python's standard library.
 
 python -m llm_jax.main --config=configs/tiny.py
+
+Hardware: 2 cores of an AMD EPYC. Time: 20 seconds, of which a few are training. Score: val loss 3.203, 4.621 bits per
+byte, over the whole validation split (Python 3.11's standard library).
 """
 
 from llm_jax.config import default
