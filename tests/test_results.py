@@ -81,7 +81,7 @@ def test_small(clean_env, tmp_path):
         [{"seconds": seconds, "gibibytes": gibibytes, **last, "by_four": by_four, "deep": deep, "defs": defs}],
     )
     assert gibibytes < 4
-    assert seconds < 1.25 * 360  # two free cores must need six minutes at most; a quarter for what else they do
+    assert seconds < 1.5 * 360  # two free cores must need six minutes at most; these may be shared
     assert by_four >= 0.8 and deep >= 1 / 3 and defs >= 10
 
 
