@@ -2,7 +2,7 @@
 
 XLA allocates and frees a step's temporary memory in every step, and the kernel fills it with zeros and maps it each
 time, 4 KiB at a time. With huge pages the step of small.py took 272 instead of 324 ms on two cores (medians of three
-processes each, in turns), and the processor spent 27 instead of 92 ms of it in the kernel. glibc reads whether to ask
+processes each, in turns), and the processor spent 25 instead of 92 ms of it in the kernel. glibc reads whether to ask
 for them as a process starts and never again, hence by the environment of a process that has yet to start.
 """
 

@@ -273,7 +273,7 @@ def _block_sizes(time: int, window: int | None) -> tuple[int, int]:
 
     Between the two sizes, a block for each run: then every block meets only keys that it can see. Forward and
     backward on 2 CPU cores, blocks of 64 / 128 / 256: T=512 68 / 76 / 73 ms (B8 N8 H16), T=1024 145 / 76 / 78 (B4),
-    T=4096 335 / 262 / 241 (B1); 256 would make the temporary memory of T=2048 seven times that of 1024.
+    T=4096 335 / 262 / 241 (B1); 256 would make the temporary memory of T=2048 four times that of 1024.
     """
     smallest, largest = BLOCK_SIZES
     most_keys = min(time, window or time)
