@@ -10,12 +10,13 @@ Arrays are positional, everything else is keyword-only. Reductions, softmax, nor
 computed in float32 and the caller's dtype is returned. A float32 product is a float32 product on
 every platform: accelerators would otherwise round its operands to bfloat16 or TF32.
 
-The functions `rope` and `attention` win over the submodules of the same name; the modules themselves
+The functions `rope`, `attention` and `linear` win over the submodules of the same name; the modules themselves
 are `sys.modules["llm_jax.ops.rope"]`.
 """
 
 from llm_jax.ops.attention import MASK_VALUE, attention, einsum_f32, masked_attention
 from llm_jax.ops.kv_cache import LayerCache, init_layer_cache, update_layer_cache
+from llm_jax.ops.linear import linear
 from llm_jax.ops.losses import cross_entropy, linear_cross_entropy
 from llm_jax.ops.norms import layer_norm, rms_norm
 from llm_jax.ops.orthogonalize import orthogonalize
@@ -33,6 +34,7 @@ __all__ = [
     "einsum_f32",
     "init_layer_cache",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "masked_attention",
     "min_p_mask",

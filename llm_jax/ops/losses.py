@@ -104,14 +104,15 @@ def _linear_nats_and_gradient(hidden, weight, targets, weights, static):
         nats, (d_logits, d_weights) = nats_and_gradient(logits, targets, weights, static)
         d_logits = d_logits.astype(hidden.dtype)  # an accelerator's units for bf16 take two bf16 operands
         row_axes = tuple(range(targets.ndim))
-        d_weight = _tensordot_f32(d_logits, hidden, (row_axes, row_axes))
+        # [D, V], transposed at the end: for [V, D] XLA's CPU backend would transpose every chunk's d_logits.
+        d_weight = _tensordot_f32(hidden, d_logits, (row_axes, row_axes))
         d_hidden = _tensordot_f32(d_logits, weight, (-1, 0)).astype(hidden.dtype)
         return jax.tree.map(jnp.add, totals, (nats, d_weight)), (d_hidden, d_weights)
 
-    zeros = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape[::-1], jnp.float32))
     rows = (hidden, targets, weights)
     (nats, d_weight), (d_hidden, d_weights) = _over_chunks(chunk, zeros, rows, static.chunks)
-    return nats, (d_hidden, d_weight.astype(weight.dtype), d_weights)
+    return nats, (d_hidden, d_weight.T.astype(weight.dtype), d_weights)
 
 
 def _scale(static, gradients, d_nats):

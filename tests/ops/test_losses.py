@@ -169,7 +169,7 @@ def test_linear_holds_one_chunk_and_computes_each_product_once(chunks, chunk_ele
         text = str(jax.make_jaxpr(program)(HIDDEN32, WEIGHT32))
         assert text.count("dot_general[") == products
         assert ("scan[" in text) == (chunks > 1)
-        assert {*re.findall(r"f32\[([\d,]+),11\]", text)} == {f"3,{places}"}
+        assert {*re.findall(r"f32\[([\d,]+),11\]", text)} - {"6"} == {f"3,{places}"}  # [6, 11] is the weight's
 
 
 def test_linear_accumulates_in_float32_whatever_the_dtype():
@@ -233,7 +233,7 @@ def test_linear_on_eight_devices_takes_each_ones_rows_where_they_are(rows, spec)
     text = program.lower(hidden, WEIGHT32, targets).compile().as_text()
     assert "all-reduce(" in text
     assert not re.search(r"(all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", text)
-    shapes = re.findall(r"f32\[([\d,]+),11\]", text)
+    shapes = {*re.findall(r"f32\[([\d,]+),11\]", text)} - {"6"}  # [6, 11] is the weight's
     assert max(math.prod(map(int, shape.split(","))) for shape in shapes) == targets.size // 4 // 8
 
 
