@@ -124,14 +124,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: ops.LayerCache | None
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], cache: ops.LayerCache | None
     ) -> tuple[Float[Array, "B T D"], ops.LayerCache | None]:
         cfg = self.cfg
         q, k, v = (_project(self, x, name, _MATRIX) for name in ("q", "k", "v"))
         if cfg.qk_norm:
             q, k = norm(cfg, "q_norm")(q), norm(cfg, "k_norm")(k)
         if cfg.use_rope:
-            inv_freq, scale = ops.rope_frequencies(cfg.head_dim, cfg.rope_theta, _rope_scaling(cfg))
+            with jax.ensure_compile_time_eval():
+                inv_freq, scale = ops.rope_frequencies(cfg.head_dim, cfg.rope_theta, _rope_scaling(cfg))
             q, k = (ops.rope(heads, positions, inv_freq, scale=scale) for heads in (q, k))
         if cache is None:
             # A window no shorter than the text is no window, and lets attention take its fastest path.
@@ -224,7 +225,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "#B T"],
         cache: ops.LayerCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], ops.LayerCache | None]:
@@ -244,7 +245,7 @@ class Embed(nn.Module):
         if not self.cfg.use_rope:
             self.positions = _declare(self, "positions", _MATRIX)
 
-    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
         x = self.tokens[tokens]
         return x if self.cfg.use_rope else x + self.positions[positions]
 
@@ -308,7 +309,10 @@ class Transformer(nn.Module):
         if positions is None:
             if not cfg.use_rope and tokens.shape[1] > cfg.block_size:
                 raise ValueError(f"{tokens.shape[1]} tokens are more than the {cfg.block_size} learned positions")
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            with jax.ensure_compile_time_eval():  # known numbers: `ops.rope` makes a table of them, one for all texts
+                positions = jnp.arange(tokens.shape[1])[None]
+            if cache is not None:
+                positions = jnp.broadcast_to(positions, tokens.shape)
         embed = Embed(cfg, name="embed")
         x = nn.Dropout(cfg.dropout, deterministic=deterministic)(embed(tokens, positions))
         # One pytree for all blocks, so that a caller may also pass a tuple of per-layer trees (`split_layers`):
@@ -352,7 +356,7 @@ def _run_blocks(
     mesh: jax.sharding.Mesh | None,
     blocks: Params | tuple[Params, ...],
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "#B T"],
     cache: Cache | None,
     dropout_key: Array | None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:

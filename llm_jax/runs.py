@@ -1,7 +1,7 @@
 """One run, or several that train as one program: their folders, checkpoints, and parts of the stacked state."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class Runs:
             ]
             yield
 
-    def restore_or_init(self, init: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
-        """The state of the last step that all runs have saved; checkpoints after it are removed."""
+    def last_step(self) -> int | None:
+        """The last step that all runs have saved, None before the first; checkpoints after it are removed."""
         saved = [set(manager.all_steps()) for manager in self._managers]
         common = set.intersection(*saved)
         if not common and max(map(len, saved)) > 1:  # a kill leaves them one save apart
@@ -69,17 +69,18 @@ class Runs:
             for later in sorted(each for each in steps if each > max(common, default=-1)):
                 say(f"removes checkpoint {later} of {folder.name}, which not all runs have")
                 manager.delete(later)
-        if not common:
-            return init()
-        step = max(common)
+        return max(common, default=None)
+
+    def restore(self, step: int, like: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+        """The state saved at `step`, on every device; `like` has the shapes of the runs' state."""
         everywhere = sharding.replicated(mesh)
-        like = jax.tree.map(
+        one = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape[1:] if self.stacked else leaf.shape, leaf.dtype, sharding=everywhere
             ),
-            jax.eval_shape(init),
+            like,
         )
-        parts = [checkpoint.restore(manager, step, _saved(like)) for manager in self._managers]
+        parts = [checkpoint.restore(manager, step, _saved(one)) for manager in self._managers]
         if not self.stacked:
             return TrainState(jax.device_put(np.int32(step), everywhere), **parts[0])
         steps = jax.device_put(np.full(len(self), step, np.int32), everywhere)

@@ -112,8 +112,14 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         pretrained.write_run(workdir, cfg, tokenizer)
         runs.write(tokenizer)
         stack.enter_context(runs.open_checkpoints())
-        state = runs.restore_or_init(programs.init, mesh)
-        first_step = int(np.ravel(state.step)[0])
+        saved_step = runs.last_step()
+        first_step = saved_step or 0
+        if first_step < cfg.train.num_steps:
+            programs = _compile_ahead(programs, batches, mesh, stack)
+        if saved_step is None:
+            state = programs.init()
+        else:
+            state = runs.restore(saved_step, jax.eval_shape(programs.init), mesh)
         if first_step < cfg.train.num_steps or not any("val_loss_full" in line for line in read_metrics(workdir)):
             if first_step:
                 say(f"continues after step {first_step}")
@@ -122,6 +128,19 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
     best = _best_run(runs, workdir)
     return _remember(LanguageModel(runs.configs[best], _on_one_device(runs.part(state.eval_params, best)), tokenizer))
+
+
+def _compile_ahead(
+    programs: Programs, batches: "_Batches", mesh: jax.sharding.Mesh, stack: contextlib.ExitStack
+) -> Programs:
+    """Compiles the training step in a thread, while the first state is compiled, made or read."""
+    everywhere = sharding.replicated(mesh)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(programs.init)
+    )
+    pool = stack.enter_context(ThreadPoolExecutor(1))
+    step = pool.submit(lambda: programs.train_step.lower(state, batches.train(1)).compile())
+    return programs._replace(train_step=lambda state, batch: step.result()(state, batch))
 
 
 @contextlib.contextmanager

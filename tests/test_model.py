@@ -304,7 +304,8 @@ def test_rope_scores_depend_on_distance_only_and_learned_positions_on_place():
         here, there = (forward(cfg, params, tokens, jnp.tile(jnp.arange(4) + i, (2, 1))) for i in (0, 5))
         # Angles of 9 instead of 4 radians lose a few float32 bits.
         assert (np.abs(here - there).max() > 1e-3) == shift_matters
-        np.testing.assert_array_equal(forward(cfg, params, tokens), here)
+        # numpy's sines where the positions are not given, XLA's where they are; logits reach 3.
+        np.testing.assert_allclose(forward(cfg, params, tokens), here, atol=5e-6)
 
 
 def test_grouped_heads_equal_key_and_value_heads_written_out_for_each_query_head():

@@ -26,10 +26,10 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run(env, *arguments) -> tuple[str, float]:
-    """(standard output, wall seconds) of a python process in the checkout."""
+def run(env, *arguments, cwd=ROOT) -> tuple[str, float]:
+    """(standard output, wall seconds) of a python process in the checkout, or another folder."""
     start = time.monotonic()
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
     return done.stdout, time.monotonic() - start
 
@@ -113,6 +113,65 @@ def test_shakespeare(clean_env, tmp_path, how, changes, most):
         runs,
     )
     assert mean <= most
+
+
+# The command of nanoGPT's README for a CPU, in a clone of it whose data/shakespeare_char/prepare.py has run. What it
+# keeps, the best model by its own evaluations, is evaluated again with our windows: side by side, all of the split.
+NANOGPT = (
+    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+    "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
+    "--dropout=0.0"
+).split()
+NANOGPT_LOSS = """
+import numpy as np, torch
+from torch.nn.functional import cross_entropy
+from model import GPT, GPTConfig
+
+saved = torch.load("out-shakespeare-char/ckpt.pt", weights_only=True)
+model = GPT(GPTConfig(**saved["model_args"]))
+model.load_state_dict(saved["model"])
+model.eval()
+tokens = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", np.uint16).astype(np.int64))
+nats = 0.0
+with torch.no_grad():
+    for start in range(0, len(tokens) - 1, 64):
+        window = tokens[start : start + 65]
+        logits, _ = model(window[None, :-1], window[None, 1:])
+        nats += cross_entropy(logits[0], window[1:], reduction="sum").item()
+print("whole split:", nats / (len(tokens) - 1))
+"""
+FAST = "train.num_steps=300 optim.peak_lr=5e-3 train.eval_every=0 train.save_every=0 sample.max_new_tokens=1"
+
+
+def test_nanogpt(clean_env, tmp_path):
+    """Whole commands, in turns: nanoGPT's for its CPU recipe, and ours to at most its loss, nothing cached."""
+    if "LLM_JAX_NANOGPT" not in os.environ:
+        pytest.skip("LLM_JAX_NANOGPT not set to a clone of nanoGPT")
+    nanogpt = os.environ["LLM_JAX_NANOGPT"]
+    theirs, ours = [], []
+    for repetition in range(3):
+        output, seconds = run(clean_env, *NANOGPT, cwd=nanogpt)
+        parameters = float(re.search(r"number of parameters: ([\d.]+)M", output)[1])
+        loss = float(run(clean_env, "-c", NANOGPT_LOSS, cwd=nanogpt)[0].split("whole split:")[1])
+        theirs.append({"seconds": seconds, "loss": loss, "million_parameters": parameters})
+        workdir, cache = tmp_path / f"ours{repetition}", tmp_path / f"cache{repetition}"
+        changes = (f"data.path={nanogpt}/data/shakespeare_char/input.txt", *FAST.split())
+        flags = [f"--config.{change}" for change in changes]
+        command = ("-m", "llm_jax.main", "--config=configs/shakespeare_char_cpu.py", f"--workdir={workdir}", *flags)
+        _, seconds = run(clean_env | {"LLM_JAX_CACHE": str(cache)}, *command)
+        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        ours.append({"seconds": seconds, "loss": last["val_loss_full"]})
+    mine, nano = (median([each["seconds"] for each in runs]) for runs in (ours, theirs))
+    worst = max(each["loss"] for each in ours)
+    report(
+        "nanogpt",
+        f"`configs/shakespeare_char_cpu.py` with `{FAST}`, beside nanoGPT's CPU recipe, whole commands, no cache",
+        f"{mine:.0f} s to a val loss of {worst:.3f} over the whole split; nanoGPT {nano:.0f} s to "
+        f"{theirs[0]['loss']:.3f}: {nano / mine:.1f} times ours",
+        "nanogpt",
+        [{"ours": ours, "nanogpt": theirs}],
+    )
+    assert worst <= min(1.886, *(each["loss"] for each in theirs))
 
 
 def seconds_to_first_line(env, workdir) -> float:

@@ -35,8 +35,12 @@ def rope(
     `scale` multiplies cosine and sine, as transformers' attention_scaling does.
     Su et al. 2021, "RoFormer", in the half-split layout of Llama checkpoints.
     """
-    angles = positions[..., None].astype(jnp.float32) * inv_freq.astype(jnp.float32)
-    return _rotate(x, jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+    # Of numbers that are known when it is traced numpy makes a table: XLA would compute the sines in the loop that
+    # rotates x, anew for every head, and again in the backward pass.
+    known = not any(isinstance(value, jax.core.Tracer) for value in (positions, inv_freq))
+    module = np if known else jnp
+    angles = module.asarray(positions, np.float32)[..., None] * module.asarray(inv_freq, np.float32)
+    return _rotate(x, module.cos(angles) * scale, module.sin(angles) * scale)
 
 
 def rope_frequencies(
