@@ -164,7 +164,8 @@ def _project(
     """x times the parameter `name`, over its first `inputs` axes, which are the last of x; plus its bias."""
     weight = _declare(module, name, init)
     lead, outputs = x.shape[: x.ndim - inputs], weight.shape[inputs:]
-    y = ops.linear(x.reshape(*lead, -1), weight.reshape(-1, math.prod(outputs))).reshape(*lead, *outputs)
+    matrix = weight.reshape(-1, math.prod(outputs))
+    y = ops.linear(x.reshape(*lead, len(matrix)), matrix).reshape(*lead, *outputs)
     y = checkpoint_name(y, _PRODUCT)
     return y + _declare(module, f"{name}_bias", nn.initializers.zeros) if module.cfg.use_bias else y
 
@@ -184,7 +185,10 @@ def _rope_scaling(cfg: ModelConfig) -> ops.RopeScaling | None:
 
 
 def _gelu(x: Array) -> Array:
-    """x times the normal distribution function, by erf as in PyTorch: jax.nn.gelu takes erfc, three times as slow."""
+    """x times the normal distribution function, by erf as in PyTorch, with an absolute error of 1e-6.
+
+    jax.nn.gelu takes erfc, which is exact in the left tail, and on a CPU core 2.9 instead of 1.1 ms for 2 million.
+    """
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 

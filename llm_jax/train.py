@@ -133,13 +133,16 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
 def _compile_ahead(
     programs: Programs, batches: "_Batches", mesh: jax.sharding.Mesh, stack: contextlib.ExitStack
 ) -> Programs:
-    """Compiles the training step in a thread, while the first state is compiled, made or read."""
+    """Compiles the training step in a thread, while the first state is compiled, made or read.
+
+    It is traced in this one: jax's settings by context, such as a default dtype, are a thread's own.
+    """
     everywhere = sharding.replicated(mesh)
     state = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(programs.init)
     )
-    pool = stack.enter_context(ThreadPoolExecutor(1))
-    step = pool.submit(lambda: programs.train_step.lower(state, batches.train(1)).compile())
+    lowered = programs.train_step.lower(state, batches.train(1))
+    step = stack.enter_context(ThreadPoolExecutor(1)).submit(lowered.compile)
     return programs._replace(train_step=lambda state, batch: step.result()(state, batch))
 
 

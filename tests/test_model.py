@@ -566,3 +566,15 @@ def test_flops_of_a_window():
     keys_seen = (np.mean(np.minimum(np.arange(1, 101), window)) for window in (100, 10))
     one_key = 12 * full.n_head * full.head_dim
     assert spared / one_key == pytest.approx(next(keys_seen) - next(keys_seen), abs=0.5)
+
+
+def test_gelu_is_x_times_the_normal_distribution():
+    x = np.linspace(-9, 9, 1801)
+    exact = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x]
+    density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    slope = x * density + [0.5 * math.erfc(-value / math.sqrt(2)) for value in x]
+    gelu, _ = model.MLPS["gelu"]
+    x32 = jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(gelu(x32), exact, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x32), slope, atol=1e-6)
+    assert gelu(x32.astype(jnp.bfloat16)).dtype == jnp.bfloat16

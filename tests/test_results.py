@@ -149,7 +149,7 @@ def test_nanogpt(clean_env, tmp_path):
         pytest.skip("LLM_JAX_NANOGPT not set to a clone of nanoGPT")
     nanogpt = os.environ["LLM_JAX_NANOGPT"]
     theirs, ours = [], []
-    for repetition in range(3):
+    for repetition in range(2):
         output, seconds = run(clean_env, *NANOGPT, cwd=nanogpt)
         parameters = float(re.search(r"number of parameters: ([\d.]+)M", output)[1])
         loss = float(run(clean_env, "-c", NANOGPT_LOSS, cwd=nanogpt)[0].split("whole split:")[1])
@@ -166,8 +166,9 @@ def test_nanogpt(clean_env, tmp_path):
     report(
         "nanogpt",
         f"`configs/shakespeare_char_cpu.py` with `{FAST}`, beside nanoGPT's CPU recipe, whole commands, no cache",
-        f"{mine:.0f} s to a val loss of {worst:.3f} over the whole split; nanoGPT {nano:.0f} s to "
-        f"{theirs[0]['loss']:.3f}: {nano / mine:.1f} times ours",
+        f"{mine:.0f} s to a val loss of {worst:.3f} over the whole split, evaluated at the end alone; nanoGPT, which "
+        f"evaluates nine times on parts of it, {nano:.0f} s to {min(each['loss'] for each in theirs):.3f}: "
+        f"{nano / mine:.1f} times ours",
         "nanogpt",
         [{"ours": ours, "nanogpt": theirs}],
     )

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex64, Float, Float32, Int
 
+TABLE_ELEMENTS = 2**20  # the largest table that becomes part of a program, 4 MiB each for sine and cosine
+
 
 class RopeScaling(NamedTuple):
     """How a model trained on `original_length` positions is stretched by `factor`; see rope_frequencies."""
@@ -35,10 +37,10 @@ def rope(
     `scale` multiplies cosine and sine, as transformers' attention_scaling does.
     Su et al. 2021, "RoFormer", in the half-split layout of Llama checkpoints.
     """
-    # Of numbers that are known when it is traced numpy makes a table: XLA would compute the sines in the loop that
-    # rotates x, anew for every head, and again in the backward pass.
+    # Of numbers that are known when it is traced numpy makes a table: XLA's CPU backend would compute the sines in
+    # the loop that rotates x, anew for every head, and again in the backward pass.
     known = not any(isinstance(value, jax.core.Tracer) for value in (positions, inv_freq))
-    module = np if known else jnp
+    module = np if known and positions.size * inv_freq.size <= TABLE_ELEMENTS else jnp
     angles = module.asarray(positions, np.float32)[..., None] * module.asarray(inv_freq, np.float32)
     return _rotate(x, module.cos(angles) * scale, module.sin(angles) * scale)
 

@@ -35,6 +35,12 @@ def test_linear_gradient_is_the_products(dtype):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=tolerance, atol=tolerance)
 
 
+def test_linear_gradient_has_each_operands_own_dtype():
+    x, weight, _ = arrays()
+    grads = jax.grad(lambda x, weight: ops.linear(x, weight).sum(), argnums=(0, 1))(x, weight.astype(jnp.bfloat16))
+    assert [each.dtype for each in grads] == [jnp.float32, jnp.bfloat16]
+
+
 def test_linear_under_vmap():
     x, weight, _ = arrays()
     weights = jnp.stack([weight, 2 * weight])
@@ -51,6 +57,6 @@ def test_linear_has_no_large_operand_transposed():
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().as_text()
 
-    transposed = r"f32\[64,300\]"
+    transposed = r"f32\[64,300\]|f32\[300,64\]\{0,1"
     assert re.search(transposed, compiled(lambda x, weight: jnp.einsum("btd,df->btf", x, weight)))
     assert not re.search(transposed, compiled(ops.linear))
