@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -237,8 +238,8 @@ def test_parquet_without_pyarrow_names_the_extra(folder, monkeypatch):
 
 
 def test_parquet(folder, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="extra not installed: parquet")
-    write_table = pytest.importorskip("pyarrow.parquet").write_table
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow not installed: pip install llm_jax[parquet]")
+    write_table = importlib.import_module("pyarrow.parquet").write_table
 
     def file(name, columns):
         write_table(pyarrow.table(columns), tmp_path / name)
