@@ -19,7 +19,7 @@ _PUBLIC = {
     "fit": "train",
     "load": "language_model",
 }
-_MODULES = ("config", "generate", "huge_pages", "model", "ops")
+_MODULES = ("config", "cpu", "generate", "model", "ops")
 
 __all__ = ["InputError", "LanguageModel", "fit", "load"]
 

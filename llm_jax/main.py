@@ -4,11 +4,13 @@ Run it again to continue where it stopped.
 """
 
 import glob
+import os
 from pathlib import Path
 
 from absl import flags as absl_flags
 
-from llm_jax import flags, huge_pages
+from llm_jax import cpu, flags
+from llm_jax.config import freeze
 from llm_jax.config_file import load_file, override
 from llm_jax.errors import InputError
 
@@ -24,11 +26,14 @@ _WORKDIR = absl_flags.DEFINE_string(
 
 
 def main() -> None:
-    huge_pages.restart("llm_jax.main")  # after mistakes in the flags are told, before anything else
+    cpu.restart("llm_jax.main")  # after mistakes in the flags are told, before anything else
     if not _CONFIG.value:
         raise InputError("no --config given; for example --config=configs/small.py")
     config = load_file(_CONFIG.value)
     override(config, _CHANGES.value)
+    cfg = freeze(config)
+    rows = cfg.train.batch_size // cfg.train.accumulation_steps
+    os.environ |= cpu.devices(os.environ, rows=rows, wanted=cfg.mesh.data)  # before jax is imported
     with flags.importing():
         from llm_jax.train import fit
 

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import types
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from llm_jax import ops
+from llm_jax import ops, sharding
 from llm_jax.config import OptimConfig
 from llm_jax.errors import InputError
 
@@ -62,7 +63,12 @@ def decays(axes: str) -> bool:
 
 
 def make_optimizer(
-    cfg: OptimConfig, *, num_steps: int, axes: Any, rates: Rates | None = None
+    cfg: OptimConfig,
+    *,
+    num_steps: int,
+    axes: Any,
+    rates: Rates | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Loshchilov and Hutter 2019), Muon, or the optax optimizer `cfg.name`.
 
@@ -72,6 +78,7 @@ def make_optimizer(
     Args:
         cfg: its name must be one that `check_name` lets through.
         axes: `model.param_axes`, the axis letters of every parameter.
+        mesh: of the devices that hold the parameters, among which Muon divides its matrices; None: one device.
 
     Raises:
         ValueError: Muon, and a parameter whose letters do not say which matrices it holds.
@@ -80,7 +87,7 @@ def make_optimizer(
     if cfg.name == "muon":
         peak_lr = rates.peak_lr if rates else cfg.peak_lr
         adamw_part = 1.0 if cfg.adamw_lr is None else cfg.adamw_lr / peak_lr
-        optimizer = _muon(cfg, schedule, lambda count: adamw_part * schedule(count), axes)
+        optimizer = _muon(cfg, schedule, lambda count: adamw_part * schedule(count), axes, mesh)
     else:
         optimizer = _by_name(cfg, schedule, jax.tree.map(decays, axes))
     return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), optimizer) if cfg.grad_clip else optimizer
@@ -162,7 +169,9 @@ class MuonState(NamedTuple):
     momentum: Any
 
 
-def scale_by_muon(axes: Any, *, momentum: float) -> optax.GradientTransformation:
+def scale_by_muon(
+    axes: Any, *, momentum: float, mesh: jax.sharding.Mesh | None = None
+) -> optax.GradientTransformation:
     """Nesterov momentum, each of its matrices orthogonalized, times 0.2 sqrt(max(input, output)).
 
     Jordan et al. 2024, "Muon", with Adam's bias corrections, as optax.contrib.muon. By the factor the entries have
@@ -171,6 +180,7 @@ def scale_by_muon(axes: Any, *, momentum: float) -> optax.GradientTransformation
 
     Args:
         axes: where the (input, output) axes of each parameter are, as a tree of the parameters' structure.
+        mesh: of the devices among which the matrices are divided; None: each computes all that it holds.
     """
 
     def init(params: Any) -> MuonState:
@@ -183,7 +193,7 @@ def scale_by_muon(axes: Any, *, momentum: float) -> optax.GradientTransformation
         def direction(mean: Array, grad: Array, at: tuple[int, int]) -> Array:
             matrices = jnp.moveaxis(momentum * ahead * mean + (1 - momentum) * now * grad, at, (-2, -1))
             scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
-            return jnp.moveaxis(scale * ops.orthogonalize(matrices), (-2, -1), at)
+            return jnp.moveaxis(scale * _orthogonalize(matrices, mesh), (-2, -1), at)
 
         mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, grads)
         return jax.tree.map(direction, mean, grads, axes), MuonState(count, mean)
@@ -191,8 +201,23 @@ def scale_by_muon(axes: Any, *, momentum: float) -> optax.GradientTransformation
     return optax.GradientTransformation(init, update)
 
 
+def _orthogonalize(matrices: Float[Array, "*B M N"], mesh: jax.sharding.Mesh | None) -> Float[Array, "*B M N"]:
+    """Each device its share of the matrices, which all of them hold."""
+    if mesh is None or mesh.size == 1:
+        return ops.orthogonalize(matrices)
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    flat = jnp.pad(flat, ((0, -len(flat) % mesh.size), (0, 0), (0, 0)))
+    flat = jax.lax.with_sharding_constraint(flat, sharding.split_batch(mesh))
+    flat = jax.lax.with_sharding_constraint(ops.orthogonalize(flat), sharding.replicated(mesh))
+    return flat[: math.prod(matrices.shape[:-2])].reshape(matrices.shape)
+
+
 def _muon(
-    cfg: OptimConfig, schedule: optax.Schedule, adamw_schedule: optax.Schedule, axes: Any
+    cfg: OptimConfig,
+    schedule: optax.Schedule,
+    adamw_schedule: optax.Schedule,
+    axes: Any,
+    mesh: jax.sharding.Mesh | None,
 ) -> optax.GradientTransformation:
     def place(path: tuple[Any, ...], letters: str) -> tuple[int, int] | optax.MaskedNode:
         return matrix_axes(jax.tree_util.keystr(path, simple=True, separator="/"), letters) or optax.MaskedNode()
@@ -203,7 +228,7 @@ def _muon(
     )
     parts = {
         "muon": optax.chain(
-            scale_by_muon(places, momentum=cfg.muon_momentum),
+            scale_by_muon(places, momentum=cfg.muon_momentum, mesh=mesh),
             optax.add_decayed_weights(cfg.weight_decay),  # all are weight matrices
             optax.scale_by_learning_rate(schedule),
         ),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, UInt
 
-from llm_jax import data, model, ops, optim, sharding, train_step
+from llm_jax import cpu, data, model, ops, optim, sharding, train_step
 from llm_jax.config import Config, ModelConfig, split_runs
 
 # Logits that the loss takes at a time, on each device. Every chunk adds to the whole gradient of the output matrix,
@@ -35,21 +35,27 @@ class Programs(NamedTuple):
 def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: Int[np.ndarray, "V"]) -> Programs:
     """The programs of all runs of a config whose `model.vocab_size` is known."""
     runs = split_runs(cfg)
-    loss_fn = make_loss_fn(cfg.model, mesh)
     padded_bytes = np.zeros(cfg.model.vocab_size, np.int32)
     padded_bytes[: len(token_bytes)] = token_bytes
-    eval_step = train_step.make_eval_step(loss_fn, padded_bytes)
+    eval_step = train_step.make_eval_step(make_loss_fn(cfg.model, mesh), padded_bytes)
     if len(runs) == 1:
         (run,) = runs
-        init, step = _of_one_run(run, run.train.seed, None, loss_fn)
+        init, step = _of_one_run(run, run.train.seed, None, mesh)
     else:
-        init, step, eval_step = _of_several_runs(runs, loss_fn, eval_step, on_cpu=sharding.is_cpu(mesh))
+        init, step, eval_step = _of_several_runs(runs, eval_step, mesh)
     everywhere = sharding.replicated(mesh)
     return Programs(
         jax.jit(init, out_shardings=everywhere, compiler_options=INIT_OPTIONS if sharding.is_cpu(mesh) else None),
-        jax.jit(step, donate_argnums=0, out_shardings=everywhere),
-        jax.jit(eval_step, out_shardings=everywhere),
+        jax.jit(step, donate_argnums=0, out_shardings=everywhere, compiler_options=_step_options(mesh)),
+        jax.jit(eval_step, out_shardings=everywhere, compiler_options=_step_options(mesh)),
     )
+
+
+def _step_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
+    """XLA's. Where most of a CPU's cores have a device of their own, each works alone."""
+    if sharding.is_cpu(mesh) and mesh.size > 1 and 2 * mesh.size > cpu.cores():
+        return {"xla_cpu_multi_thread_eigen": False}
+    return None
 
 
 def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn:
@@ -68,30 +74,33 @@ def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn
 
 
 def _of_one_run(
-    cfg: Config, seed: int | UInt[Array, ""], rates: optim.Rates | None, loss_fn: train_step.LossFn
+    cfg: Config, seed: int | UInt[Array, ""], rates: optim.Rates | None, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(init, step); seed and rates, which stand for the config's, may be traced."""
     num_steps = cfg.train.num_steps
     axes = model.param_axes(cfg.model)
-    optimizer = optim.make_optimizer(cfg.optim, num_steps=num_steps, axes=axes, rates=rates)
+    optimizer = optim.make_optimizer(cfg.optim, num_steps=num_steps, axes=axes, rates=rates, mesh=mesh)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
     def init() -> train_step.TrainState:
         params = model.init_params(cfg.model, init_key)
         return train_step.init_state(params, optimizer, average=cfg.optim.ema_decay > 0)
 
+    # A mask of dropout is drawn for the rows of all devices at once, so that their number does not change it.
+    by_device = not cfg.model.dropout
     step = train_step.make_train_step(
-        loss_fn,
+        make_loss_fn(cfg.model, sharding.one_device(mesh) if by_device else mesh),
         optimizer,
         optim.make_schedule(cfg.optim, num_steps=num_steps, rates=rates),
         accumulation_steps=cfg.train.accumulation_steps,
         run_key=run_key,
+        mesh=mesh if by_device else None,
     )
     return init, train_step.with_average(step, cfg.optim.ema_decay) if cfg.optim.ema_decay else step
 
 
 def _of_several_runs(
-    runs: tuple[Config, ...], loss_fn: train_step.LossFn, eval_step: Callable[..., Any], *, on_cpu: bool
+    runs: tuple[Config, ...], eval_step: Callable[..., Any], mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Any], ...]:
     """(init, step, eval_step) over a leading axis of runs."""
     cfg = runs[0]
@@ -102,15 +111,16 @@ def _of_several_runs(
     )
 
     def over_runs(function: Callable[..., Any], *arguments: Any) -> Any:
-        # A CPU computes batched products slowly: eight vmapped runs took 7 to 12 times one's time.
-        return jax.lax.map(lambda xs: function(*xs), arguments) if on_cpu else jax.vmap(function)(*arguments)
+        if sharding.is_cpu(mesh):  # it is slow at batched products: eight vmapped runs took 7 to 12 times one's time
+            return jax.lax.map(lambda xs: function(*xs), arguments)
+        return jax.vmap(function)(*arguments)
 
     def init() -> Any:
-        return over_runs(lambda seed, rates: _of_one_run(cfg, seed, rates, loss_fn)[0](), seeds, rates)
+        return over_runs(lambda seed, rates: _of_one_run(cfg, seed, rates, mesh)[0](), seeds, rates)
 
     def step(state: Any, batch: Any) -> Any:
         return over_runs(
-            lambda seed, rates, state, batch: _of_one_run(cfg, seed, rates, loss_fn)[1](state, batch),
+            lambda seed, rates, state, batch: _of_one_run(cfg, seed, rates, mesh)[1](state, batch),
             seeds,
             rates,
             state,

@@ -10,7 +10,7 @@ PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
     {"files", "progress"},
-    {"ops", "config", "tokenizers", "cache", "huge_pages"},
+    {"ops", "config", "tokenizers", "cache", "cpu"},
     {"sharding", "config_file", "documents"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},
     {"train_step", "generate", "report", "pretrained"},

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import model, ops, optim
-from llm_jax.config import OptimConfig, freeze
+from llm_jax import model, ops, optim, sharding
+from llm_jax.config import MeshConfig, OptimConfig, freeze
 from llm_jax.errors import InputError
 
 
@@ -278,6 +278,21 @@ def test_muon_equals_optax_with_the_same_axes_and_adamw_for_the_rest(exact_ortho
         expected = after[muon if name in axes else adamw][name]
         np.testing.assert_allclose(after[ours][name], expected, atol=1e-4, err_msg=name)
         assert np.abs(expected - muon_params(0)[name]).max() > 0.03
+
+
+def test_devices_divide_muons_matrices_among_them():
+    """The same updates, by little more than an eighth of the products."""
+    cfg = optim_config(name="muon", warmup_steps=0)
+    updates, flops = [], []
+    for count in (1, 8):
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
+        params, gradients = jax.device_put((muon_params(0), muon_params(1)), sharding.replicated(mesh))
+        optimizer = optim.make_optimizer(cfg, num_steps=10, axes=MUON_AXES, mesh=mesh)
+        update = jax.jit(optimizer.update).lower(gradients, optimizer.init(params), params).compile()
+        updates.append(update(gradients, optimizer.init(params), params)[0])
+        flops.append(update.cost_analysis()["flops"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *updates)
+    assert flops[1] < flops[0] / 2  # some of the 2 to 6 matrices of these small parameters are padding
 
 
 def first_update(**values):

@@ -160,9 +160,10 @@ def test_loss_falls_on_a_repeated_batch_and_nothing_is_compiled_twice(use_rope, 
     assert train_fn._cache_size() == eval_fn._cache_size() == 1
 
 
-def test_eight_devices_give_one_devices_losses_with_and_without_accumulation():
+@pytest.mark.parametrize("settings", [{}, {"optim__name": "muon"}, {"model__dropout": 0.2}], ids=str)
+def test_eight_devices_give_one_devices_losses_with_and_without_accumulation(settings):
     def losses(num_devices, **values):
-        init, train_fn, _, put = compiled(make(train__batch_size=16, **values), num_devices)
+        init, train_fn, _, put = compiled(make(train__batch_size=16, **settings, **values), num_devices)
         state, out = init(), []
         for step in range(20):
             halves = some_batch(2 * step, uneven_mask()), some_batch(2 * step + 1)  # devices with more and less
@@ -172,9 +173,22 @@ def test_eight_devices_give_one_devices_losses_with_and_without_accumulation():
             out.append(float(metrics["loss"]))
         return out
 
-    one = losses(1)
-    np.testing.assert_allclose(losses(8), one, rtol=1e-5)
-    np.testing.assert_allclose(losses(8, train__accumulation_steps=2), one, rtol=1e-5)
+    np.testing.assert_allclose(losses(8), losses(1), rtol=1e-5)
+    twice = {"train__accumulation_steps": 2}  # its masks of dropout are others
+    np.testing.assert_allclose(losses(8, **twice), losses(1, **twice), rtol=1e-5)
+    if "model__dropout" not in settings:
+        np.testing.assert_allclose(losses(1, **twice), losses(1), rtol=1e-5)
+
+
+def test_devices_sum_their_gradients_once_a_step():
+    """And not in each turn of the loop over micro-batches."""
+    cfg = make(train__batch_size=16, train__accumulation_steps=4)
+    init, train_fn, _, put = compiled(cfg, 2)
+    batch = Batch(*(np.concatenate(pair) for pair in zip(some_batch(), some_batch(1), strict=True)))
+    program = train_fn.lower(init(), put(batch)).compile().as_text()
+    entry = program[program.index("\nENTRY ") :]
+    assert program.count(" all-reduce(") == entry.count(" all-reduce(") > 0
+    assert " while(" in entry
 
 
 def test_the_states_buffers_are_donated():

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import huge_pages, ops
+from llm_jax import cpu, ops
 from llm_jax.bench import torch_peers
-from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, cores, mebibytes, ratios, table
+from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, mebibytes, ratios, table
 from llm_jax.errors import InputError
 from llm_jax.progress import say
 
@@ -35,13 +35,13 @@ def measure(
     shapes: Sequence[Shape], *, dtype: str, peers: bool, rounds: int, steps: int | None
 ) -> dict[str, Any]:
     """The JSON object of `bench attention`; tells its progress and a table on standard error."""
-    ours, left_out = Worker(Ours, dtype, environment=huge_pages.environment(os.environ)), {}
+    ours, left_out = Worker(Ours, dtype, environment=cpu.huge_pages(os.environ)), {}
     device, sdpa = ours.call("device"), None
     if peers:
         try:
             if missing := torch_peers.missing("torch"):
                 raise InputError(missing)
-            sdpa = Worker(torch_peers.Attention, device["platform"], cores(), dtype)
+            sdpa = Worker(torch_peers.Attention, device["platform"], cpu.cores(), dtype)
         except (InputError, WorkerError) as error:
             left_out[SDPA] = str(error)
             say(f"{SDPA} is left out: {error}")
@@ -71,7 +71,7 @@ def measure(
     return {
         "bench": "attention",
         "device": device,
-        "threads": cores(),
+        "threads": cpu.cores(),
         "dtype": dtype,
         "shapes": measured,
         "left_out": left_out,

@@ -155,11 +155,6 @@ def mebibytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:,.1f}"
 
 
-def cores() -> int:
-    """How many cores this process may use: as many threads as XLA takes on a CPU."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def random_batches(cfg: Config) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(tokens, targets, mask) of NUM_BATCHES batches, the same for every contender of `bench train`."""
     rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import huge_pages, model, programs, sharding
+from llm_jax import cpu, model, programs, sharding
 from llm_jax.bench import torch_peers
 from llm_jax.bench.contenders import (
     Contender,
@@ -24,7 +24,6 @@ from llm_jax.bench.contenders import (
     Worker,
     WorkerError,
     alternate,
-    cores,
     mebibytes,
     random_batches,
     ratios,
@@ -50,7 +49,9 @@ def measure(
     """
     cfg = _with_vocabulary(config)
     say(f"llm_jax: compiling, a vocabulary of {cfg.model.vocab_size:,}")
-    ours = Worker(Ours, cfg, environment=huge_pages.environment(os.environ))  # as llm_jax.main has them
+    rows = cfg.train.batch_size // cfg.train.accumulation_steps
+    environment = cpu.huge_pages(os.environ) | cpu.devices(os.environ, rows=rows, wanted=cfg.mesh.data)
+    ours = Worker(Ours, cfg, environment=environment)  # as llm_jax.main has it
     facts = {"llm_jax": ours.call("facts")}
     device = facts["llm_jax"].pop("device")
     peak_flops = peak_flops or ours.call("measure_peak_flops")
@@ -65,7 +66,7 @@ def measure(
             continue
         say(f"{name}: {'compiling' if compiled else 'starting'}")
         try:
-            worker = Worker(torch_peers.Training, cfg, device["platform"], cores(), compiled)
+            worker = Worker(torch_peers.Training, cfg, device["platform"], cpu.cores(), compiled)
             facts[name] = worker.call("facts")
             workers[name] = worker
         except (InputError, WorkerError) as error:
@@ -93,7 +94,7 @@ def measure(
     return {
         "bench": "train",
         "device": device,
-        "threads": cores(),
+        "threads": cpu.cores(),
         "tokens_per_step": tokens,
         "flops_per_token": flops_per_token,
         "peak_flops": peak_flops,
@@ -143,7 +144,7 @@ def _with_vocabulary(config: ConfigDict) -> Config:
 def _why_no_peer(cfg: Config, device: dict[str, Any]) -> str | None:
     if missing := torch_peers.missing("torch", "transformers"):
         return missing
-    if device["count"] > 1:
+    if device["count"] > 1 and device["platform"] != "cpu":
         return f"it runs on one device, and the mesh has {device['count']}"
     return torch_peers.inexpressible(cfg.model)
 
@@ -237,8 +238,10 @@ class Ours:
         return stats["peak_bytes_in_use"] if stats else self._memory.peak()
 
     def measure_peak_flops(self) -> float:
-        """A large product's floating-point operations per second in the compute dtype, times the devices."""
-        size = 1024 if self._device.platform == "cpu" else 8192
+        """A large product's floating-point operations per second in the compute dtype, times the devices (a CPU's
+        share its cores, which the product takes all)."""
+        on_cpu = self._device.platform == "cpu"
+        size = 1024 if on_cpu else 8192
         a = jax.random.normal(jax.random.key(0), (size, size), self._cfg.model.compute_dtype)
         product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
         seconds = []
@@ -246,4 +249,4 @@ class Ours:
             start = time.perf_counter()
             jax.block_until_ready(product(a))
             seconds.append(time.perf_counter() - start)
-        return 2 * size**3 / min(seconds) * self._mesh.size
+        return 2 * size**3 / min(seconds) * (1 if on_cpu else self._mesh.size)

@@ -112,7 +112,8 @@ def _linear_nats_and_gradient(hidden, weight, targets, weights, static):
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape[::-1], jnp.float32))
     rows = (hidden, targets, weights)
     (nats, d_weight), (d_hidden, d_weights) = _over_chunks(chunk, zeros, rows, static.chunks)
-    return nats, (d_hidden, d_weight.T.astype(weight.dtype), d_weights)
+    d_weight = jax.lax.optimization_barrier(d_weight).T  # without it XLA turns the product of a single chunk around
+    return nats, (d_hidden, d_weight.astype(weight.dtype), d_weights)
 
 
 def _scale(static, gradients, d_nats):

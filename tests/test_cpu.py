@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import REPOSITORY
 
-from llm_jax import huge_pages
+from llm_jax import cpu
+
+VARIABLE, TUNABLES = cpu.TUNABLES
 
 linux_with_glibc = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc not installed"
@@ -27,15 +30,15 @@ def test_the_training_command_starts_itself_again_once(clean_env, tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     flags = ["--config=config.py", "--config.train.seed=3"]
     command = [sys.executable, "-m", "llm_jax.main", *flags]
-    env = {name: value for name, value in clean_env.items() if name != huge_pages.VARIABLE}
+    env = {name: value for name, value in clean_env.items() if name != VARIABLE}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     told = done.stderr.splitlines()
     # The config file is run once, after the restart.
     assert (done.returncode, done.stdout, len(told)) == (2, "", 2)
-    assert told[0].split(maxsplit=1)[1] == f"{huge_pages.TUNABLES} {flags}"
+    assert told[0].split(maxsplit=1)[1] == f"{TUNABLES} {flags}"
     assert told[1] == "error: model.n_layer (0) must be 1 or more"
 
-    env[huge_pages.VARIABLE] = "glibc.malloc.hugetlb=0"  # a person's choice
+    env[VARIABLE] = "glibc.malloc.hugetlb=0"  # a person's choice
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert [line.split()[1] for line in done.stderr.splitlines()[:-1]] == ["glibc.malloc.hugetlb=0"]
 
@@ -55,15 +58,15 @@ def test_the_training_command_starts_itself_again_once(clean_env, tmp_path):
 )
 def test_only_the_interpreter_s_own_module_is_started_again(monkeypatch, arguments, expected):
     started = []
-    monkeypatch.setattr(huge_pages, "environment", lambda given: {huge_pages.VARIABLE: "x"})
-    monkeypatch.setattr(huge_pages.os, "execve", lambda *how: started.append(how))
+    monkeypatch.setattr(cpu, "huge_pages", lambda given: {VARIABLE: "x"})
+    monkeypatch.setattr(cpu.os, "execve", lambda *how: started.append(how))
     monkeypatch.setattr(sys, "orig_argv", ["python", *arguments.split()])
-    huge_pages.restart("llm_jax.main")
+    cpu.restart("llm_jax.main")
     assert bool(started) == expected
     if started:
         [(program, argv, env)] = started
         assert (program, argv) == (sys.executable, [sys.executable, *arguments.split()])
-        assert env[huge_pages.VARIABLE] == "x" and env["PATH"] == os.environ["PATH"]
+        assert env[VARIABLE] == "x" and env["PATH"] == os.environ["PATH"]
 
 
 @linux_with_glibc
@@ -73,14 +76,43 @@ def test_the_tunables_are_those_of_glibc(tmp_path):
     known = subprocess.run([loader, "--list-tunables"], capture_output=True, text=True).stdout
     if "glibc.malloc.hugetlb" not in known:
         pytest.skip("glibc>=2.35 not installed")
-    for assignment in huge_pages.TUNABLES.split(":"):
+    for assignment in TUNABLES.split(":"):
         assert f"{assignment.split('=')[0]}:" in known
 
 
 def test_nothing_is_added_elsewhere(monkeypatch):
-    assert huge_pages.environment({huge_pages.VARIABLE: ""}) == {}
+    assert cpu.huge_pages({VARIABLE: ""}) == {}
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # musl
-    assert huge_pages.environment({}) == {}
+    assert cpu.huge_pages({}) == {}
     monkeypatch.undo()
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert huge_pages.environment({}) == {}
+    assert cpu.huge_pages({}) == {}
+
+
+# -- Devices
+
+
+def devices(given=None, *, rows, wanted=-1):
+    return cpu.devices(given or {}, rows=rows, wanted=wanted).get("JAX_NUM_CPU_DEVICES")
+
+
+def test_there_is_a_device_for_each_core_if_the_rows_divide(monkeypatch):
+    monkeypatch.setattr(cpu, "cores", lambda: 4)
+    assert [devices(rows=rows) for rows in (1, 2, 3, 4, 6, 7, 64)] == ["1", "2", "3", "4", "3", "1", "4"]
+    assert devices(rows=64, wanted=2) == "2" and devices(rows=64, wanted=1) == "1"
+    assert devices(rows=64, wanted=5) is None  # make_mesh tells it
+    monkeypatch.setattr(cpu, "cores", lambda: 96)
+    assert devices(rows=64) == str(cpu.MAX_DEVICES)
+
+
+def test_a_persons_own_number_of_devices_stays():
+    assert devices({"JAX_NUM_CPU_DEVICES": "3"}, rows=64) is None
+    assert devices({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, rows=64) is None
+
+
+def test_the_training_command_takes_its_cores_as_devices(clean_env, tmp_path):
+    """In a process of its own, for jax reads their number as it is imported."""
+    command = [sys.executable, "-m", "llm_jax.main", f"--config={REPOSITORY / 'configs/tiny.py'}"]
+    command += ["--config.train.num_steps=1", "--config.sample.max_new_tokens=0", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=clean_env, capture_output=True, text=True, check=True)
+    assert f"on {devices(rows=8)} x cpu" in done.stderr
