@@ -32,8 +32,8 @@ def main() -> None:
     config = load_file(_CONFIG.value)
     override(config, _CHANGES.value)
     cfg = freeze(config)
-    rows = cfg.train.batch_size // cfg.train.accumulation_steps
-    os.environ |= cpu.devices(os.environ, rows=rows, wanted=cfg.mesh.data)  # before jax is imported
+    rows, width = cfg.train.batch_size // cfg.train.accumulation_steps, cfg.model.n_embd
+    os.environ |= cpu.devices(os.environ, rows=rows, width=width, wanted=cfg.mesh.data)  # before jax is imported
     with flags.importing():
         from llm_jax.train import fit
 

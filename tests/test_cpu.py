@@ -92,13 +92,14 @@ def test_nothing_is_added_elsewhere(monkeypatch):
 # -- Devices
 
 
-def devices(given=None, *, rows, wanted=-1):
-    return cpu.devices(given or {}, rows=rows, wanted=wanted).get("JAX_NUM_CPU_DEVICES")
+def devices(given=None, *, rows, width=128, wanted=-1):
+    return cpu.devices(given or {}, rows=rows, width=width, wanted=wanted).get("JAX_NUM_CPU_DEVICES")
 
 
 def test_there_is_a_device_for_each_core_if_the_rows_divide(monkeypatch):
     monkeypatch.setattr(cpu, "cores", lambda: 4)
     assert [devices(rows=rows) for rows in (1, 2, 3, 4, 6, 7, 64)] == ["1", "2", "3", "4", "3", "1", "4"]
+    assert devices(rows=64, width=768) == "1" and devices(rows=64, width=768, wanted=4) == "4"
     assert devices(rows=64, wanted=2) == "2" and devices(rows=64, wanted=1) == "1"
     assert devices(rows=64, wanted=5) is None  # make_mesh tells it
     monkeypatch.setattr(cpu, "cores", lambda: 96)
