@@ -15,6 +15,11 @@ from llm_jax.config import Config, ModelConfig, split_runs
 # several CPUs is sent each time: chunks of 1000 rows and more hide it. By arithmetic, not measured.
 CHUNK_ELEMENTS = 2**27
 
+# Steps that are dispatched before the first of them is waited for: the device always has one to do, and a signal
+# waits for no more than these. With more than 32, XLA's CPU client with several devices waits for ever: it has a
+# thread for each, and one that waits for its turn keeps the other's partner of a sum from running.
+IN_FLIGHT = 2
+
 # It runs once, in a few hundredths of a second; at XLA's usual level small.py's takes five seconds to compile on a
 # CPU, at this one 1.2.
 INIT_OPTIONS = {"xla_backend_optimization_level": 1}

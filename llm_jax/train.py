@@ -25,7 +25,7 @@ from llm_jax.config_file import load_file
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
-from llm_jax.programs import Programs, make_programs
+from llm_jax.programs import IN_FLIGHT, Programs, make_programs
 from llm_jax.progress import say, silence_standard_output
 from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics
 from llm_jax.runs import Runs
@@ -40,9 +40,6 @@ MAY_DIFFER = frozenset(
 )
 DECIDED_BY_CORPUS = frozenset({"model.vocab_size", "data.content_hash"})
 
-# Steps that are dispatched before the metrics of the first of them are waited for: the device always has one to do,
-# and a signal waits for no more than these.
-IN_FLIGHT = 2
 BATCHES_AHEAD = 2  # cut and on the device before their step is due
 
 
@@ -334,7 +331,12 @@ class _Loop:
         """Logs and returns the validation losses, NaN for a run that has diverged."""
         params = state.eval_params
         batches = self._batches.validation(whole=whole)
-        sums = jax.device_get([self._programs.eval_step(params, batch) for batch in batches])
+        sums, in_flight = [], deque()
+        for batch in batches:
+            in_flight.append(self._programs.eval_step(params, batch))
+            if len(in_flight) > IN_FLIGHT:
+                sums.append(jax.device_get(in_flight.popleft()))
+        sums += jax.device_get(list(in_flight))
         nats, tokens, num_bytes = (np.sum(column, axis=0, dtype=np.float64) for column in zip(*sums, strict=True))
         values = {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / np.maximum(num_bytes, 1)}
         lines = self._of_runs(values, values)
