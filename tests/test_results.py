@@ -140,7 +140,10 @@ with torch.no_grad():
         nats += cross_entropy(logits[0], window[1:], reduction="sum").item()
 print("whole split:", nats / (len(tokens) - 1))
 """
-FAST = "train.num_steps=300 optim.peak_lr=5e-3 train.eval_every=0 train.save_every=0 sample.max_new_tokens=1"
+FAST = (
+    "model.n_layer=2 train.batch_size=16 train.num_steps=220 optim.peak_lr=8e-3 optim.adamw_lr=1e-2 "
+    "optim.warmup_steps=10 optim.muon_momentum=0.85 train.eval_every=0 train.save_every=0 sample.max_new_tokens=0"
+)
 
 
 def test_nanogpt(clean_env, tmp_path):
