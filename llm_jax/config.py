@@ -135,7 +135,7 @@ class SampleConfig:
 class MeshConfig:
     """How many devices each mesh axis takes; -1 takes what is left."""
 
-    data: int = -1
+    data: int = -1  # with `python -m llm_jax.main` a CPU's cores may be devices (cpu.py)
 
 
 @dataclasses.dataclass(frozen=True)

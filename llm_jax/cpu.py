@@ -5,41 +5,42 @@ import platform
 import sys
 from collections.abc import Mapping
 
+from llm_jax.config import Config
+
 # Huge pages: XLA allocates and frees a step's temporary memory in every step, and the kernel fills it with zeros and
 # maps it each time, 4 KiB at a time. With huge pages the step of small.py took 272 instead of 324 ms on two cores
 # (medians of three processes each, in turns), and the processor spent 25 instead of 92 ms of it in the kernel. glibc
 # reads whether to ask for them as a process starts and never again (its manual, "Memory Allocation Tunables"; unknown
 # before glibc 2.35, and passed over there).
-TUNABLES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+VARIABLE, TUNABLES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 # Devices: XLA splits each operation among the cores, and joins it, thousands of times a step. With a device for each
-# core, which has its own rows of the batch, they meet once a step: 0.82 of the time of a step of
+# core, which has its own rows of the batch, they meet a few times: 0.82 of the time of a step of
 # shakespeare_char_cpu.py on two cores of a Xeon, 0.88 of small.py's. Operations of wider models are shared well as
 # they are, and the parameters of each device cost time: 256 wide, 1.03 of the time, 384 and 768 up to 1.10.
 NUM_DEVICES = "JAX_NUM_CPU_DEVICES"
 TOO_WIDE = 256
-MAX_DEVICES = 8  # each holds the whole state; more were not measured
+MAX_DEVICES = 8  # each holds the whole state; measured with two
 
 
 def huge_pages(given: Mapping[str, str]) -> dict[str, str]:
     """The variables to add to `given` for a process that uses huge pages: none elsewhere than on Linux with glibc,
     or where a person has set the tunables."""
-    variable, tunables = TUNABLES
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or variable in given:
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or VARIABLE in given:
         return {}
-    return {variable: tunables}
+    return {VARIABLE: TUNABLES}
 
 
-def devices(given: Mapping[str, str], *, rows: int, width: int, wanted: int) -> dict[str, str]:
-    """The variables to add to `given` for a process that trains a model of this width on micro-batches of `rows`.
+def devices(given: Mapping[str, str], cfg: Config) -> dict[str, str]:
+    """The variables to add to `given` for a process that trains by this config; none where a person has set them.
 
-    None where a person has set the number of devices, or wants more than there are cores; else for `wanted` of them.
-    -1: as many as there are cores, or as divide the rows; one for a wide model.
+    As many devices as `mesh.data` wants, if there are as many cores. Else as many as there are cores, or as divide
+    the rows of a micro-batch; one for a wide model, or with dropout, whose mask is drawn for all rows at once.
     """
-    set_by_hand = NUM_DEVICES in given or "host_platform_device_count" in given.get("XLA_FLAGS", "")
-    if set_by_hand or wanted > cores():
+    if NUM_DEVICES in given or "host_platform_device_count" in given.get("XLA_FLAGS", ""):
         return {}
-    if wanted == -1:
-        most = 1 if width >= TOO_WIDE else min(cores(), MAX_DEVICES)
+    rows, wanted = cfg.train.batch_size // cfg.train.accumulation_steps, cfg.mesh.data
+    if not 1 <= wanted <= cores():
+        most = 1 if cfg.model.n_embd >= TOO_WIDE or cfg.model.dropout else min(cores(), MAX_DEVICES)
         wanted = max(n for n in range(1, most + 1) if rows % n == 0)
     return {NUM_DEVICES: str(wanted)}
 

@@ -31,9 +31,7 @@ def main() -> None:
         raise InputError("no --config given; for example --config=configs/small.py")
     config = load_file(_CONFIG.value)
     override(config, _CHANGES.value)
-    cfg = freeze(config)
-    rows, width = cfg.train.batch_size // cfg.train.accumulation_steps, cfg.model.n_embd
-    os.environ |= cpu.devices(os.environ, rows=rows, width=width, wanted=cfg.mesh.data)  # before jax is imported
+    os.environ |= cpu.devices(os.environ, freeze(config))  # before jax is imported
     with flags.importing():
         from llm_jax.train import fit
 

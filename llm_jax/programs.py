@@ -42,7 +42,9 @@ def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: Int[np.ndar
     runs = split_runs(cfg)
     padded_bytes = np.zeros(cfg.model.vocab_size, np.int32)
     padded_bytes[: len(token_bytes)] = token_bytes
-    eval_step = train_step.make_eval_step(make_loss_fn(cfg.model, mesh), padded_bytes)
+    eval_step = train_step.make_eval_step(
+        sharding.sum_over_rows(make_loss_fn(cfg.model, sharding.one_device(mesh)), mesh), padded_bytes
+    )
     if len(runs) == 1:
         (run,) = runs
         init, step = _of_one_run(run, run.train.seed, None, mesh)
@@ -84,15 +86,18 @@ def _of_one_run(
     """(init, step); seed and rates, which stand for the config's, may be traced."""
     num_steps = cfg.train.num_steps
     axes = model.param_axes(cfg.model)
-    optimizer = optim.make_optimizer(cfg.optim, num_steps=num_steps, axes=axes, rates=rates, mesh=mesh)
+    muon_mesh = mesh if sharding.is_cpu(mesh) else None  # not measured elsewhere
+    optimizer = optim.make_optimizer(cfg.optim, num_steps=num_steps, axes=axes, rates=rates, mesh=muon_mesh)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
     def init() -> train_step.TrainState:
         params = model.init_params(cfg.model, init_key)
         return train_step.init_state(params, optimizer, average=cfg.optim.ema_decay > 0)
 
-    # A mask of dropout is drawn for the rows of all devices at once, so that their number does not change it.
-    by_device = not cfg.model.dropout
+    # A mask of dropout is drawn for the rows of all devices at once, so that their number does not change it. And of
+    # one micro-batch an accelerator may sum the gradients of some layers while it computes those of others.
+    one_sum = sharding.is_cpu(mesh) or cfg.train.accumulation_steps > 1
+    by_device = one_sum and not cfg.model.dropout
     step = train_step.make_train_step(
         make_loss_fn(cfg.model, sharding.one_device(mesh) if by_device else mesh),
         optimizer,

@@ -71,7 +71,11 @@ def make_train_step(
         zeros = ((jnp.zeros(()), jnp.zeros(())), zero_grads)
         return jax.lax.scan(add, zeros, (micro_batches, jnp.arange(accumulation_steps)))[0]
 
-    sums_fn = sharding.sum_over_rows(grad_fn if accumulation_steps == 1 else accumulated, mesh)
+    def at_once(params: Any, batch: Batch, key: Array) -> Any:
+        sums, grads = grad_fn(params, batch, key)
+        return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    sums_fn = sharding.sum_over_rows(at_once if accumulation_steps == 1 else accumulated, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(run_key, state.step)

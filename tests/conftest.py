@@ -154,7 +154,7 @@ def tiny_run(tiny_text, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def clean_env(tmp_path_factory) -> dict[str, str]:
     """The environment for a child process: this checkout's llm_jax, a cache for all of them, and no fake devices."""
-    settings = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    settings = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
     env = {name: value for name, value in os.environ.items() if name not in settings}
     paths = [str(REPOSITORY), *filter(None, [env.get("PYTHONPATH")])]
     return env | {"PYTHONPATH": os.pathsep.join(paths), "LLM_JAX_CACHE": str(tmp_path_factory.mktemp("cache"))}

@@ -208,7 +208,7 @@ MISTAKES = [
     ([*TRAIN, "--config.model.n_emb=8"], ["model.n_emb", "model.n_embd"]),
     ([*TRAIN, "--config.data.tokenizer=char"], ["characters", "--config.model.vocab_size=65"]),
     ([*TRAIN, "--config.data.tokenizer=missing.json"], ["missing.json"]),
-    ([*TRAIN, "--config.mesh.data=3"], ["mesh.data (3)", "-1"]),  # told by the worker
+    ([*TRAIN, "--config.mesh.data=1000"], ["mesh.data (1000)", "-1"]),  # told by the worker
     ([*TRAIN, "--rounds=0"], ["rounds", "0"]),
     ([*TRAIN, "--steps=0"], ["steps", "0"]),
     ([*TRAIN, "--peers=nanogpt"], ["peers", "nanogpt", "none|eager|compiled|all"]),

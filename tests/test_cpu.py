@@ -7,8 +7,9 @@ import pytest
 from conftest import REPOSITORY
 
 from llm_jax import cpu
+from llm_jax.config import freeze
 
-VARIABLE, TUNABLES = cpu.TUNABLES
+VARIABLE, TUNABLES = cpu.VARIABLE, cpu.TUNABLES
 
 linux_with_glibc = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc not installed"
@@ -92,16 +93,16 @@ def test_nothing_is_added_elsewhere(monkeypatch):
 # -- Devices
 
 
-def devices(given=None, *, rows, width=128, wanted=-1):
-    return cpu.devices(given or {}, rows=rows, width=width, wanted=wanted).get("JAX_NUM_CPU_DEVICES")
+def devices(given=None, *, rows, n_embd=128, dropout=0.0, data=-1):
+    values = {"model": {"n_embd": n_embd, "dropout": dropout}, "train": {"batch_size": rows}, "mesh": {"data": data}}
+    return cpu.devices(given or {}, freeze(values)).get("JAX_NUM_CPU_DEVICES")
 
 
 def test_there_is_a_device_for_each_core_if_the_rows_divide(monkeypatch):
     monkeypatch.setattr(cpu, "cores", lambda: 4)
     assert [devices(rows=rows) for rows in (1, 2, 3, 4, 6, 7, 64)] == ["1", "2", "3", "4", "3", "1", "4"]
-    assert devices(rows=64, width=768) == "1" and devices(rows=64, width=768, wanted=4) == "4"
-    assert devices(rows=64, wanted=2) == "2" and devices(rows=64, wanted=1) == "1"
-    assert devices(rows=64, wanted=5) is None  # make_mesh tells it
+    assert devices(rows=64, n_embd=768) == devices(rows=64, dropout=0.1) == "1"
+    assert [devices(rows=64, n_embd=768, data=data) for data in (1, 4, 5)] == ["1", "4", "1"]  # make_mesh refuses 5
     monkeypatch.setattr(cpu, "cores", lambda: 96)
     assert devices(rows=64) == str(cpu.MAX_DEVICES)
 

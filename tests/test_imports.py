@@ -10,8 +10,8 @@ PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
     {"files", "progress"},
-    {"ops", "config", "tokenizers", "cache", "cpu"},
-    {"sharding", "config_file", "documents"},
+    {"ops", "config", "tokenizers", "cache"},
+    {"sharding", "cpu", "config_file", "documents"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},
     {"train_step", "generate", "report", "pretrained"},
     {"language_model", "programs", "runs"},

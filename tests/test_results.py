@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_jax import model, pretrained
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
@@ -158,19 +160,23 @@ def test_nanogpt(clean_env, tmp_path):
         loss = float(run(clean_env, "-c", NANOGPT_LOSS, cwd=nanogpt)[0].split("whole split:")[1])
         theirs.append({"seconds": seconds, "loss": loss, "million_parameters": parameters})
         workdir, cache = tmp_path / f"ours{repetition}", tmp_path / f"cache{repetition}"
-        changes = (f"data.path={nanogpt}/data/shakespeare_char/input.txt", *FAST.split())
+        text = f"{nanogpt}/data/shakespeare_char/input.txt"
+        changes = (f"data.path={text}", f"train.seed={repetition}", *FAST.split())
         flags = [f"--config.{change}" for change in changes]
         command = ("-m", "llm_jax.main", "--config=configs/shakespeare_char_cpu.py", f"--workdir={workdir}", *flags)
         _, seconds = run(clean_env | {"LLM_JAX_CACHE": str(cache)}, *command)
         last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-        ours.append({"seconds": seconds, "loss": last["val_loss_full"]})
+        million = model.count_params(pretrained.read_run(workdir)[0].model)[0] / 1e6
+        ours.append({"seconds": seconds, "loss": last["val_loss_full"], "million_parameters": million})
     mine, nano = (median([each["seconds"] for each in runs]) for runs in (ours, theirs))
     worst = max(each["loss"] for each in ours)
     report(
         "nanogpt",
         f"`configs/shakespeare_char_cpu.py` with `{FAST}`, beside nanoGPT's CPU recipe, whole commands, no cache",
-        f"{mine:.0f} s to a val loss of {worst:.3f} over the whole split, evaluated at the end alone; nanoGPT, which "
-        f"evaluates nine times on parts of it, {nano:.0f} s to {min(each['loss'] for each in theirs):.3f}: "
+        f"{mine:.0f} s to a val loss of {worst:.3f} over the whole split, evaluated at the end alone, by "
+        f"{ours[0]['million_parameters']:.2f}M parameters, worst of two seeds, with rates and steps chosen on that "
+        f"split; nanoGPT, which evaluates nine times on parts of it, {nano:.0f} s to "
+        f"{min(each['loss'] for each in theirs):.3f} by {theirs[0]['million_parameters']:.2f}M: "
         f"{nano / mine:.1f} times ours",
         "nanogpt",
         [{"ours": ours, "nanogpt": theirs}],

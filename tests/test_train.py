@@ -205,6 +205,16 @@ def test_eight_devices_continue_one_devices_run_with_its_losses(config, unstoppe
 # -- Muon, and the average of the parameters
 
 
+def test_several_devices_evaluate_more_batches_than_xla_lets_wait(config, tmp_path):
+    """With 32 waiting for their turn, XLA's CPU client hangs, and ends the process after a minute."""
+    values = {"model.block_size": 8, "data.val_fraction": 0.5, "train.batch_size": 8, "train.num_steps": 1}
+    fit(config(**values), workdir=tmp_path / "eight")
+    with only_one_device():
+        fit(config(**values), workdir=tmp_path / "one")
+    eight, one = (lines(tmp_path / name)[-1]["val_loss_full"] for name in ("eight", "one"))
+    assert eight == pytest.approx(one, rel=1e-6)
+
+
 def test_a_run_by_muon_with_an_average_evaluates_keeps_and_returns_the_average(config, tmp_path, one_device):
     values = {"optim.name": "muon", "optim.ema_decay": 0.8, "sample.temperature": 0.0}
     workdir, other = tmp_path / "run", tmp_path / "other"

@@ -4,8 +4,8 @@ python -m llm_jax.bench train --config=configs/small.py [--config.group.key=valu
 python -m llm_jax.bench attention [--shapes=B16T256N8H16,B4T1024N8H16] [--dtype=bfloat16]
 
 Each contender is a process of its own. They take turns: a round times --steps steps of each (by default as many as
-take about 2.5 seconds) after one untimed, the next round goes backwards. Ours has huge pages and devices as
-llm_jax.main has (cpu.py), the others the environment as it is: set GLIBC_TUNABLES, and all have that alike. The
+take about 2.5 seconds) after one untimed, the next round goes backwards. Ours has huge pages, and in train devices,
+as llm_jax.main has (cpu.py), the others the environment as it is: set GLIBC_TUNABLES, and all have that alike. The
 JSON has the seconds a step of every round; the table shows medians, and the median of the rounds' own ratios.
 
 train: the very step that llm_jax.main runs for this config, on random tokens: no corpus is read, the vocabulary is

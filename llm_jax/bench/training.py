@@ -50,9 +50,8 @@ def measure(
     """
     cfg = _with_vocabulary(config)
     say(f"llm_jax: compiling, a vocabulary of {cfg.model.vocab_size:,}")
-    rows, width = cfg.train.batch_size // cfg.train.accumulation_steps, cfg.model.n_embd
-    devices = cpu.devices(os.environ, rows=rows, width=width, wanted=cfg.mesh.data)
-    ours = Worker(Ours, cfg, environment=cpu.huge_pages(os.environ) | devices)  # as llm_jax.main has them
+    environment = cpu.huge_pages(os.environ) | cpu.devices(os.environ, cfg)  # as llm_jax.main has them
+    ours = Worker(Ours, cfg, environment=environment)
     facts = {"llm_jax": ours.call("facts")}
     device = facts["llm_jax"].pop("device")
     peak_flops = peak_flops or ours.call("measure_peak_flops")

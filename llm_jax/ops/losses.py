@@ -112,7 +112,10 @@ def _linear_nats_and_gradient(hidden, weight, targets, weights, static):
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape[::-1], jnp.float32))
     rows = (hidden, targets, weights)
     (nats, d_weight), (d_hidden, d_weights) = _over_chunks(chunk, zeros, rows, static.chunks)
-    d_weight = jax.lax.optimization_barrier(d_weight).T  # without it XLA turns the product of a single chunk around
+    # On a CPU behind a barrier: XLA would turn the product of a single chunk around instead.
+    d_weight = jax.lax.platform_dependent(
+        d_weight, cpu=lambda x: jax.lax.optimization_barrier(x).T, default=jnp.transpose
+    )
     return nats, (d_hidden, d_weight.astype(weight.dtype), d_weights)
 
 

@@ -10,9 +10,9 @@ import pytest
 from llm_jax import ops
 
 
-def arrays(dtype=jnp.float32):
+def arrays(dtype=jnp.float32, widths=(3, 4)):
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (2, 5, 3), (3, 4), (2, 5, 4)
+    shapes = (2, 5, widths[0]), widths, (2, 5, widths[1])
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -23,9 +23,10 @@ def test_linear_is_numpys_product():
     assert ops.linear(x[0, 0], weight).shape == (4,) and ops.linear(x[:0], weight).shape == (0, 5, 4)
 
 
+@pytest.mark.parametrize("widths", [(3, 4), (4, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_linear_gradient_is_the_products(dtype):
-    x, weight, d_out = arrays(dtype)
+def test_linear_gradient_is_the_products(dtype, widths):
+    x, weight, d_out = arrays(dtype, widths)
     out, vjp = jax.vjp(jax.jit(ops.linear), x, weight)
     x64, weight64, d_out64 = (np.asarray(each, np.float64) for each in (x, weight, d_out))
     expected = x64 @ weight64, d_out64 @ weight64.T, np.einsum("btd,btf->df", x64, d_out64)
@@ -42,10 +43,14 @@ def test_linear_gradient_has_each_operands_own_dtype():
     assert [each.dtype for each in grads] == [jnp.float32, jnp.bfloat16]
 
 
-def test_linear_under_vmap():
-    x, weight, _ = arrays()
+@pytest.mark.parametrize("widths", [(3, 4), (4, 3)], ids=str)
+def test_linear_under_vmap(widths):
+    x, weight, d_out = arrays(widths=widths)
     weights = jnp.stack([weight, 2 * weight])
-    np.testing.assert_allclose(jax.vmap(ops.linear)(x, weights), jnp.einsum("btd,bdf->btf", x, weights), rtol=1e-6)
+    out, vjp = jax.vjp(jax.vmap(ops.linear), x, weights)
+    np.testing.assert_allclose(out, jnp.einsum("btd,bdf->btf", x, weights), rtol=1e-5, atol=1e-6)
+    expected = jnp.einsum("btd,btf->bdf", x, d_out)
+    np.testing.assert_allclose(vjp(d_out)[1], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_linear_has_no_large_operand_transposed():
