@@ -191,6 +191,13 @@ def test_devices_sum_their_gradients_once_a_step():
     assert " while(" in entry
 
 
+def test_devices_sum_gradients_of_bfloat16_parameters_in_float32():
+    init, train_fn, _, put = compiled(make(model__param_dtype="bfloat16"), 8)
+    traced = str(jax.make_jaxpr(train_fn.__wrapped__)(init(), put(some_batch())))
+    sums = [line.split(" = ")[0] for line in traced.splitlines() if " = psum" in line]
+    assert sums and not any("bf16" in line for line in sums), sums
+
+
 def test_the_states_buffers_are_donated():
     init, train_fn, _, put = compiled(make())
     state = init()

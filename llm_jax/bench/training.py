@@ -226,7 +226,7 @@ class Ours:
         return time.perf_counter() - start
 
     def _run(self, steps: int) -> float:
-        """As `fit` does: each batch put on the devices when its step is due, and few steps waited for."""
+        """As `fit` does: each batch put on the devices when its step is due, and few steps kept waiting."""
         in_flight = deque()
         for i in range(steps):
             batch = jax.device_put(self._batches[i % len(self._batches)], sharding.split_batch(self._mesh))
