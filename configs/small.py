@@ -22,6 +22,8 @@ def get_config():
     config.optim.schedule = "wsd"
     config.optim.peak_lr = 3e-3
     config.optim.final_lr = 0.0
+    config.optim.adamw_lr = 1e-2
+    config.optim.muon_momentum = 0.9
     config.optim.warmup_steps = 50
     config.optim.decay_fraction = 0.5
     config.train.batch_size = 4
