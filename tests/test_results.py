@@ -20,11 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import llm_jax
-from llm_jax import model, ops, pretrained
+from llm_jax import model, pretrained
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -118,6 +116,7 @@ def test_shakespeare(clean_env, tmp_path, how, changes, most):
     )
     assert mean <= most
 
+
 def test_shakespeare_context_256(clean_env, tmp_path):
     """nanoGPT's GPU recipe reaches 1.4697 in 82M tokens, the best of 20 evaluations."""
     if "LLM_JAX_ASSETS" not in os.environ:
@@ -131,33 +130,35 @@ def test_shakespeare_context_256(clean_env, tmp_path):
     million = cfg.train.batch_size * cfg.model.block_size / 1e6  # tokens of a step
     curve = [(line["step"] * million, line["val_loss"]) for line in lines if "val_loss" in line]
     tokens, whole = curve[-1][0], lines[-1]["val_loss_full"]
-    theirs = loss_by_nanogpts_protocol(workdir, path)
+    theirs = float(run(clean_env, "-c", NANOGPTS_PROTOCOL, str(workdir), str(path))[0])
     parameters = model.count_params(cfg.model)[0] / 1e6
     points = ", ".join(f"{at:.1f}M {loss:.3f}" for at, loss in curve)
     report(
         "shakespeare_context_256",
         "`configs/shakespeare_char.py`, for nanoGPT's GPU recipe (nanoGPT: 1.4697 at best, 82M tokens)",
-        f"val loss {theirs:.4f} after {tokens:.1f}M tokens by nanoGPT's protocol, {whole:.4f} over the whole split, by "
-        f"{parameters:.1f}M parameters in {seconds / 60:.0f} minutes; on the way, over a fixed part of the split: "
-        + points,
+        f"val loss {theirs:.4f} by nanoGPT's protocol after {tokens:.1f}M tokens, {whole:.4f} over the whole split, "
+        f"by {parameters:.1f}M parameters in {seconds / 60:.0f} minutes; on the way, over a part of it: {points}",
         "context_256",
         [{"seconds": seconds, "by_nanogpts_protocol": theirs, "lines": lines}],
     )
     assert theirs <= 1.4697 and tokens <= 82 / 2
 
 
-def loss_by_nanogpts_protocol(workdir: Path, path: Path) -> float:
-    """The mean loss of 200 batches of 64 windows that start anywhere in the last tenth of the text."""
-    lm = llm_jax.load(workdir, step="last")
-    text = path.read_text()
-    split = np.array(lm.tokenizer.encode(text[int(0.9 * len(text)) :]))
-    reach, rng = lm.config.model.block_size, np.random.default_rng(0)
-    losses = []
-    for _ in range(200):
-        windows = split[rng.integers(len(split) - reach, size=(64, 1)) + np.arange(reach + 1)]
-        nats, count = ops.cross_entropy(lm.logits(windows[:, :-1]), windows[:, 1:])
-        losses.append(float(nats / count))
-    return sum(losses) / len(losses)
+# 200 batches of 64 windows that start anywhere in the last tenth of the text.
+NANOGPTS_PROTOCOL = """
+import sys
+import numpy as np
+import llm_jax
+from llm_jax import ops
+
+lm, text, rng = llm_jax.load(sys.argv[1], step="last"), open(sys.argv[2]).read(), np.random.default_rng(0)
+split, reach, losses = np.array(lm.tokenizer.encode(text[int(0.9 * len(text)) :])), lm.config.model.block_size, []
+for _ in range(200):
+    windows = split[rng.integers(len(split) - reach, size=(64, 1)) + np.arange(reach + 1)]
+    nats, count = ops.cross_entropy(lm.logits(windows[:, :-1]), windows[:, 1:])
+    losses.append(float(nats / count))
+print(np.mean(losses))
+"""
 
 
 # The command of nanoGPT's README for a CPU, in a clone of it whose data/shakespeare_char/prepare.py has run. What it
