@@ -4,7 +4,7 @@ its tokens: RMSNorm, RoPE, SwiGLU and normed queries and keys in the block, 192 
 python -m llm_jax.main --config=configs/shakespeare_char.py
 
 Parameters: 2,669,568, 2,657,088 without embeddings; nanoGPT's shape has 10,745,088.
-Hardware: 2 cores of an Intel Xeon. Time: TODO minutes. Score: val loss TODO over the whole validation split after 3.1
+Hardware: 2 cores of an Intel Xeon. Time: 11 minutes. Score: val loss 1.431 over the whole validation split after 3.1
 million tokens; nanoGPT's own is 1.4697 within 82 million, its best of about 20 evaluations on parts of the split.
 """
 

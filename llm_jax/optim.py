@@ -30,8 +30,9 @@ def make_schedule(cfg: OptimConfig, *, num_steps: int, rates: Rates | None = Non
     """Update number (from 0) -> learning rate: linear warm-up, then `cfg.schedule`.
 
     The first update already has peak_lr / warmup_steps; the last one of `num_steps` has final_lr, unless the
-    schedule is constant. "cosine" and "linear" fall from the warm-up on, "wsd" (warm-up, stable, decay: Hu et
-    al. 2024, "MiniCPM") in a line over the last `decay_fraction` of all steps, or what the warm-up leaves of it.
+    schedule is constant or all is warm-up. "cosine" and "linear" fall from the warm-up on, "wsd" (warm-up, stable,
+    decay: Hu et al. 2024, "MiniCPM") in a line over the last `decay_fraction` of all steps, or what the warm-up
+    leaves of it.
     """
     peak_lr, final_lr = rates or (cfg.peak_lr, cfg.final_lr)
     last = max(num_steps, cfg.warmup_steps + 1)
@@ -73,7 +74,8 @@ def make_optimizer(
     """Clipping by global norm, then AdamW (Loshchilov and Hutter 2019), Muon, or the optax optimizer `cfg.name`.
 
     Weight decay is on weight matrices only. An optimizer of optax gets the schedule, and those of b1, b2,
-    weight_decay and the mask that it has; its other arguments keep optax's defaults.
+    weight_decay and the mask that it has; its other arguments keep optax's defaults (so does adafactor's
+    weight_decay_rate, which the rate does not multiply).
 
     Args:
         cfg: its name must be one that `check_name` lets through.
@@ -132,8 +134,8 @@ def _by_name(cfg: OptimConfig, schedule: optax.Schedule, mask: Any) -> optax.Gra
     function = getattr(optax, cfg.name)
     takes = inspect.signature(function).parameters
     given = {"b1": cfg.b1, "b2": cfg.b2}
-    if "mask" in takes:  # without one, norms would decay too
-        given |= {"weight_decay": cfg.weight_decay, "mask": mask}
+    if "mask" in takes or "weight_decay_mask" in takes:  # without one, norms would decay too
+        given |= {"weight_decay": cfg.weight_decay, "mask": mask, "weight_decay_mask": mask}
     return function(learning_rate=schedule, **{key: value for key, value in given.items() if key in takes})
 
 

@@ -1,5 +1,6 @@
 """What a run compiles: its first state, one training step, one evaluation step; for one run or several at once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from jaxtyping import Array, Int, UInt
 
 from llm_jax import cpu, data, model, ops, optim, sharding, train_step
 from llm_jax.config import Config, ModelConfig, split_runs
+from llm_jax.errors import InputError
 
 # Logits that the loss takes at a time, on each device. Every chunk adds to the whole gradient of the output matrix,
 # which on an accelerator costs the time of some 400 rows' products (about 300 flops for a byte moved), and on
@@ -35,6 +37,23 @@ class Programs(NamedTuple):
     init: Callable[[], train_step.TrainState]
     train_step: Callable[[train_step.TrainState, data.Batch], tuple[train_step.TrainState, train_step.Metrics]]
     eval_step: Callable[[Any, data.Batch], train_step.EvalSums]
+
+
+def check_trainable(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError, in one line, for what only these devices and libraries can tell of a config."""
+    sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
+    optim.check_name(cfg.optim.name)
+    m = cfg.model
+    if m.attention == "auto":
+        return
+    q, k = (jax.ShapeDtypeStruct((1, m.block_size, n, m.head_dim), m.compute_dtype) for n in (m.n_head, m.n_kv_head))
+    attend = functools.partial(
+        ops.attention, softcap=m.attn_softcap, implementation=m.attention, device=mesh.devices.flat[0]
+    )
+    try:
+        jax.eval_shape(attend, q, k, k)
+    except ValueError as error:
+        raise InputError(f"model.attention ({m.attention!r}): {error}; 'auto' takes what can") from None
 
 
 def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: Int[np.ndarray, "V"]) -> Programs:

@@ -18,14 +18,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import data, model, optim, pretrained, sharding, train_step
+from llm_jax import data, model, pretrained, sharding, train_step
 from llm_jax.cache import cache_folder, keep_compiled_programs
 from llm_jax.config import Config, as_dict, freeze
 from llm_jax.config_file import load_file
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
-from llm_jax.programs import IN_FLIGHT, Programs, make_programs
+from llm_jax.programs import IN_FLIGHT, Programs, check_trainable, make_programs
 from llm_jax.progress import say, silence_standard_output
 from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics
 from llm_jax.runs import Runs
@@ -82,8 +82,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
     keep_compiled_programs(cache_folder(cfg.data.cache_dir))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices())
-    sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
-    optim.check_name(cfg.optim.name)
+    check_trainable(cfg, mesh)
     _check_same_run(workdir, cfg, None)  # what is known before the corpus is read
     corpus = prepare(cfg.data)
     cfg = _resolve(cfg, corpus)
@@ -296,8 +295,8 @@ class _Loop:
                             raise Stopped(stopping, step, self._workdir)
                         if samples:
                             self._print_sample(state, self._diverged.index(False))
-                        if step == steps[0] or evaluates or samples:
-                            self._clock.restart(step)  # compiling, evaluating and sampling are not training speed
+                        if step == steps[0] or traced or evaluates or samples:
+                            self._clock.restart(step)  # compiling, evaluating and the like are not training speed
                     if stop.signum:  # it came while the last step was evaluated and saved
                         raise Stopped(stop.signum, num_steps, self._workdir)
                 # A run may be told to end before the step it has reached.

@@ -208,7 +208,10 @@ MISTAKES = [
     ([*TRAIN, "--config.model.n_emb=8"], ["model.n_emb", "model.n_embd"]),
     ([*TRAIN, "--config.data.tokenizer=char"], ["characters", "--config.model.vocab_size=65"]),
     ([*TRAIN, "--config.data.tokenizer=missing.json"], ["missing.json"]),
+    ([*TRAIN, "--config.data.tokenizer=char", "--target_loss=1"], ["characters"]),  # before anything is trained
     ([*TRAIN, "--config.mesh.data=1000"], ["mesh.data (1000)", "-1"]),  # told by the worker
+    ([*TRAIN, "--config.optim.name=addamw"], ["optim.name ('addamw')", "adamw"]),
+    ([*TRAIN, "--config.model.attention=cudnn"], ["model.attention ('cudnn')", "auto"]),
     ([*TRAIN, "--rounds=0"], ["rounds", "0"]),
     ([*TRAIN, "--steps=0"], ["steps", "0"]),
     ([*TRAIN, "--peers=nanogpt"], ["peers", "nanogpt", "none|eager|compiled|all"]),
@@ -230,7 +233,7 @@ def test_a_mistake_is_one_line(commands, tmp_path, arguments, told):
     assert (result.returncode, result.stdout) == (2, ""), result
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ") and [part for part in told if part not in line] == []
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr and "training tokens" not in result.stderr
 
 
 # -- Peers

@@ -196,6 +196,15 @@ def test_optimizers_with_and_without_betas_decay_and_mask_train(name):
     assert all(np.isfinite(after[key]).all() and (after[key] != PARAMS[key]).any() for key in PARAMS)
 
 
+def test_the_decay_of_an_optimizer_that_calls_its_mask_otherwise():
+    of = {
+        decay: run(optim_config(name="lars", peak_lr=0.1, warmup_steps=0, weight_decay=decay), GRADS)
+        for decay in (0.0, 0.5)
+    }
+    changed = {key for key in PARAMS if (of[0.0][key] != of[0.5][key]).any()}
+    assert changed == {key for key in PARAMS if optim.decays(AXES[key])}
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd", "adafactor"])
 def test_the_names_of_the_documentation_are_known(name):
     optim.check_name(name)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import Executor, Future
 
 import jax
 import numpy as np
@@ -231,6 +232,47 @@ def test_evaluation_keeps_few_batches_waiting(config, tmp_path, one_device, monk
     monkeypatch.setattr(jax, "device_get", device_get)
     fit(config(**{"model.block_size": 8, "train.num_steps": 1}), workdir=tmp_path)
     assert (waiting, most) == (0, programs.IN_FLIGHT + 1)
+
+
+def test_an_attention_that_cannot_serve_here_is_told_before_anything_is_made(config, tmp_path, one_device):
+    with pytest.raises(InputError, match=r"model\.attention \('cudnn'\): .*; 'auto' takes what can$"):
+        fit(config(**{"model.attention": "cudnn"}), workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_keeps_few_steps_waiting(config, tmp_path, one_device, monkeypatch):
+    ready, waiting, most = jax.block_until_ready, 0, 0
+
+    def not_compiled_ahead(of_run, *_):
+        def step(state, batch):
+            nonlocal waiting, most
+            waiting += 1
+            most = max(most, waiting)
+            return of_run.train_step(state, batch)
+
+        return of_run._replace(train_step=step)
+
+    def block_until_ready(tree):
+        nonlocal waiting
+        waiting -= isinstance(tree, dict) and "grad_norm" in tree
+        return ready(tree)
+
+    monkeypatch.setattr(train, "_compile_ahead", not_compiled_ahead)
+    monkeypatch.setattr(jax, "block_until_ready", block_until_ready)
+    fit(config(**{"train.num_steps": 9, "train.eval_every": 0, "train.save_every": 0}), workdir=tmp_path)
+    assert (waiting, most) == (0, programs.IN_FLIGHT + 1)
+
+
+def test_batches_are_made_ahead_of_their_steps():
+    class AtOnce(Executor):
+        def submit(self, function):
+            future = Future()
+            future.set_result(function())
+            return future
+
+    made = []
+    ahead = [made[-1] - step for step, _ in train._ahead(AtOnce(), made.append, range(6))]
+    assert ahead == [min(train.BATCHES_AHEAD, 5 - step) for step in range(6)] and train.BATCHES_AHEAD > 0
 
 
 def test_a_run_by_muon_with_an_average_evaluates_keeps_and_returns_the_average(config, tmp_path, one_device):

@@ -105,11 +105,11 @@ def _train() -> dict[str, Any]:
         from llm_jax.bench import training
 
     peers = {"none": (), "all": ("eager", "compiled")}.get(_PEERS.value, (_PEERS.value,))
-    to_loss = {}
+    cfg, to_loss = training.with_vocabulary(config), {}
     if _TARGET_LOSS.value is not None:
         to_loss["to_loss"] = training.seconds_to_loss(_CONFIG.value, _CHANGES.value, _TARGET_LOSS.value)
     timing = dict(rounds=_ROUNDS.value, steps=_STEPS.value)
-    return training.measure(config, peers=peers, peak_flops=_PEAK_FLOPS.value, **timing) | to_loss
+    return training.measure(cfg, peers=peers, peak_flops=_PEAK_FLOPS.value, **timing) | to_loss
 
 
 def _attention() -> dict[str, Any]:

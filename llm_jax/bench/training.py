@@ -41,14 +41,13 @@ PEERS = {"eager": ("transformers eager", False), "compiled": ("transformers comp
 
 
 def measure(
-    config: ConfigDict, *, peers: Sequence[str], rounds: int, steps: int | None, peak_flops: float | None
+    cfg: Config, *, peers: Sequence[str], rounds: int, steps: int | None, peak_flops: float | None
 ) -> dict[str, Any]:
-    """The JSON object of `bench train`; tells its progress and a table on standard error.
+    """The JSON object of `bench train` for a config `with_vocabulary`; tells progress and a table on standard error.
 
     Raises:
-        InputError: a config that can't be, or whose vocabulary only its corpus would tell.
+        InputError: a config that these devices can't train.
     """
-    cfg = _with_vocabulary(config)
     say(f"llm_jax: compiling, a vocabulary of {cfg.model.vocab_size:,}")
     environment = cpu.huge_pages(os.environ) | cpu.devices(os.environ, cfg)  # as llm_jax.main has them
     ours = Worker(Ours, cfg, environment=environment)
@@ -122,8 +121,12 @@ def _table(facts: dict[str, dict[str, Any]]) -> str:
     return table(rows)
 
 
-def _with_vocabulary(config: ConfigDict) -> Config:
-    """Frozen, with model.vocab_size as far as it is known without the corpus."""
+def with_vocabulary(config: ConfigDict) -> Config:
+    """Frozen, with the model.vocab_size that is known without the corpus.
+
+    Raises:
+        InputError: a config that can't be, one of several runs, or a vocabulary that only its corpus would tell.
+    """
     if config.data.path is None:
         config.data.source = "python_stdlib"  # nothing is read, so a source that needs a path needs none here
     cfg = freeze(config)
@@ -195,7 +198,7 @@ class Ours:
         self._device = jax.devices()[0]
         self._memory = HostMemory()
         mesh = sharding.make_mesh(cfg.mesh, jax.devices())
-        sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
+        programs.check_trainable(cfg, mesh)
         init, self._train_fn, _ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
         self._cfg, self._mesh = cfg, mesh
         self._batches = [Batch(*arrays) for arrays in random_batches(cfg)]

@@ -40,7 +40,8 @@ def attention(
     implementation: "plain" holds the T x S scores in memory; "blockwise" (Dao et al. 2022,
     "FlashAttention", in plain JAX) holds one block of queries at a time and keeps only the
     log-sum-exp for its gradient, so memory is linear in T; "cudnn" is the flash attention of NVIDIA's library
-    (no soft-cap, no segments, no float32), "splash" the Pallas kernel for TPUs. "auto" takes the fused kernel of
+    (no soft-cap, no segments, no float32), "splash" the Pallas kernel for TPUs (elsewhere
+    by Pallas' interpreter: for tests). "auto" takes the fused kernel of
     the device, else by size a blockwise or plain form; where the kernel can't serve a call, a warning says why.
 
     device: "auto" chooses for it; None: the default one.
