@@ -72,12 +72,12 @@ def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: Int[np.ndar
     everywhere = sharding.replicated(mesh)
     return Programs(
         jax.jit(init, out_shardings=everywhere, compiler_options=INIT_OPTIONS if sharding.is_cpu(mesh) else None),
-        jax.jit(step, donate_argnums=0, out_shardings=everywhere, compiler_options=_step_options(mesh)),
-        jax.jit(eval_step, out_shardings=everywhere, compiler_options=_step_options(mesh)),
+        jax.jit(step, donate_argnums=0, out_shardings=everywhere, compiler_options=step_options(mesh)),
+        jax.jit(eval_step, out_shardings=everywhere, compiler_options=step_options(mesh)),
     )
 
 
-def _step_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
+def step_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
     """XLA's. Where most of a CPU's cores have a device of their own, each works alone."""
     if sharding.is_cpu(mesh) and mesh.size > 1 and 2 * mesh.size > cpu.cores():
         return {"xla_cpu_multi_thread_eigen": False}

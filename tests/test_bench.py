@@ -11,6 +11,7 @@ from commands import REPOSITORY, Commands
 from llm_jax import config, model
 from llm_jax.bench import contenders, torch_peers, training
 from llm_jax.config import MLPS, freeze
+from llm_jax.cpu import cores
 from llm_jax.errors import InputError
 
 TINY = REPOSITORY / "configs" / "tiny.py"
@@ -91,6 +92,8 @@ def test_attention_beside_torch(bench):
             assert len(of["seconds"]) == 2 and min(of["seconds"]) > 0
             assert (name == "torch SDPA") == (of["times_of_sdpa"] == [1, 1])
             assert (name == "torch SDPA") or of["temporary_bytes"] > 0
+    by_core = ["auto by core" in each["contenders"] for each in result["shapes"]]
+    assert by_core == [cores() > 1 and each["shape"]["B"] % min(cores(), 8) == 0 for each in result["shapes"]]
     assert "B1T128N2H8 (2 of 2) round 2/2" in told and "x of SDPA" in told
 
 

@@ -24,7 +24,8 @@ validation split every train.eval_every steps, until the loss is reached: wall s
 with compiling, evaluating and saving.
 
 attention: causal attention forward and backward, each implementation of llm_jax.ops.attention beside torch's
-scaled_dot_product_attention. Temporary MiB is XLA's own plan of the program's memory beside arguments and results.
+scaled_dot_product_attention; on a CPU also "auto by core", a device for each core, as narrow models train, where the
+batch divides among them. Temporary MiB is XLA's own plan of a device's memory beside arguments and results.
 """
 
 import importlib.metadata

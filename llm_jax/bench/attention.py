@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import cpu, ops
+from llm_jax import cpu, ops, programs, sharding
 from llm_jax.bench import torch_peers
 from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, mebibytes, ratios, table
+from llm_jax.config import MeshConfig
 from llm_jax.errors import InputError
 from llm_jax.progress import say
 
 Shape = tuple[int, int, int, int]  # B, T, N, H
 SDPA = "torch SDPA"
+BY_CORE = "auto by core"  # a device for each core of a CPU, with rows of its own, as narrow models train (cpu.py)
 KERNELS = {"gpu": ("cudnn",), "tpu": ("splash",)}  # elsewhere they can't run, or are only interpreted
 
 
@@ -35,8 +37,12 @@ def measure(
     shapes: Sequence[Shape], *, dtype: str, peers: bool, rounds: int, steps: int | None
 ) -> dict[str, Any]:
     """The JSON object of `bench attention`; tells its progress and a table on standard error."""
-    ours, left_out = Worker(Ours, dtype, environment=cpu.huge_pages(os.environ)), {}
-    device, sdpa = ours.call("device"), None
+    huge_pages, left_out = cpu.huge_pages(os.environ), {}
+    ours = Worker(Ours, dtype, environment=huge_pages | {cpu.NUM_DEVICES: "1"})
+    device, by_core, sdpa = ours.call("device"), None, None
+    num_devices = min(cpu.cores(), cpu.MAX_DEVICES)
+    if device["platform"] == "cpu" and num_devices > 1:
+        by_core = Worker(Ours, dtype, environment=huge_pages | {cpu.NUM_DEVICES: str(num_devices)})
     if peers:
         try:
             if missing := torch_peers.missing("torch"):
@@ -57,6 +63,9 @@ def measure(
                 say(f"{implementation} is left out at {name}: {error}")
             else:
                 contenders.append(Contender(implementation, ours, implementation, shape, steps=steps))
+        if by_core and shape[0] % num_devices == 0:
+            facts[BY_CORE] = by_core.call("compile", "auto", shape)
+            contenders.append(Contender(BY_CORE, by_core, "auto", shape, steps=steps))
         if sdpa:
             facts[SDPA] = {}
             contenders.append(Contender(SDPA, sdpa, shape, steps=steps))
@@ -66,7 +75,8 @@ def measure(
             if sdpa:
                 facts[contender.name]["times_of_sdpa"] = [1 / ratio for ratio in ratios(contender, contenders[-1])]
         measured.append({"shape": dict(zip("BTNH", shape, strict=True)), "contenders": facts})
-        ours.call("forget")
+        for worker in filter(None, (ours, by_core)):
+            worker.call("forget")
     say(_table(measured))
     return {
         "bench": "attention",
@@ -96,12 +106,14 @@ def _table(measured: Sequence[dict[str, Any]]) -> str:
 
 
 class Ours:
-    """`ops.attention`, causal, forward and backward, compiled for the first device."""
+    """`ops.attention`, causal, forward and backward: on an accelerator by one device, on a CPU by all that it is."""
 
     def __init__(self, dtype: str) -> None:
         jax.config.update("jax_enable_compilation_cache", False)  # compile time is a first run's
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves an accelerator's memory to the peer too
         self._device, self._dtype = jax.devices()[0], dtype
+        devices = jax.devices() if self._device.platform == "cpu" else jax.devices()[:1]
+        self._mesh = sharding.make_mesh(MeshConfig(), devices)
         self.forget()
 
     def device(self) -> dict[str, Any]:
@@ -113,7 +125,11 @@ class Ours:
 
     def compile(self, implementation: str, shape: Shape) -> dict[str, Any]:
         """Temporary bytes are XLA's plan, `memory_analysis()`: beside arguments and results, and exact."""
-        attention = functools.partial(ops.attention, implementation=implementation)
+        attention = functools.partial(ops.attention, implementation=implementation, device=self._device)
+        rows = sharding.split_batch(self._mesh)
+        if self._mesh.size > 1:
+            specs = dict(in_specs=(rows.spec,) * 3, out_specs=rows.spec)
+            attention = jax.shard_map(attention, mesh=self._mesh, check_vma=False, **specs)
 
         def forward_backward(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array) -> Any:
             out, backward = jax.vjp(attention, q, k, v)
@@ -121,9 +137,11 @@ class Ours:
 
         if shape not in self._arrays:
             rng = np.random.default_rng(0)
-            self._arrays[shape] = [jnp.asarray(rng.standard_normal(shape, np.float32), self._dtype) for _ in range(4)]
+            arrays = [jnp.asarray(rng.standard_normal(shape, np.float32), self._dtype) for _ in range(4)]
+            self._arrays[shape] = jax.device_put(arrays, rows)
         start = time.perf_counter()
-        program = jax.jit(forward_backward).lower(*self._arrays[shape]).compile()
+        jitted = jax.jit(forward_backward, compiler_options=programs.step_options(self._mesh))
+        program = jitted.lower(*self._arrays[shape]).compile()
         seconds = time.perf_counter() - start
         self._programs[implementation, shape] = program
         jax.block_until_ready(program(*self._arrays[shape]))  # what can't run fails now
