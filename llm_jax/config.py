@@ -129,6 +129,11 @@ class SampleConfig:
     temperature: float = 1.0  # 0: greedy
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # then the likeliest of them that make up probability p
+    min_p: float = 0.0  # then those at least this times as likely as the likeliest
+    repetition_penalty: float = 1.0  # divides logits of tokens in the text (multiplies negative ones); 1: none
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that the continuation holds
+    frequency_penalty: float = 0.0  # the same, for each time
+    min_new_tokens: int = 0  # so many before a stop token may come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +231,19 @@ def check_keys(keys: Iterable[str]) -> None:
 
 
 def check_sampling(
-    *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, prefix: str = ""
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    min_new_tokens: int,
+    prefix: str = "",
 ) -> None:
-    """The rules of one sampling request, for config and call alike."""
+    """The rules of one sampling request, for config, flags and call alike."""
     if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise InputError(f"{prefix}max_new_tokens ({max_new_tokens}) must be at least 0 and at most {MAX_NEW_TOKENS}")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -237,6 +252,18 @@ def check_sampling(
         raise InputError(f"{prefix}top_k ({top_k}) must be 1 or more; leave it out to keep every token")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"{prefix}top_p ({top_p}) must be above 0 and at most 1; leave it out to keep every token")
+    if not 0 <= min_p <= 1:
+        raise InputError(f"{prefix}min_p ({min_p}) must be at least 0 (every token is kept) and at most 1")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise InputError(f"{prefix}repetition_penalty ({repetition_penalty}) must be above 0 and finite; 1 is none")
+    for name, penalty in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
+        if not math.isfinite(penalty):
+            raise InputError(f"{prefix}{name} ({penalty}) must be a finite number; 0 is none")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise InputError(
+            f"{prefix}min_new_tokens ({min_new_tokens}) must be at least 0 and at most {prefix}max_new_tokens "
+            f"({max_new_tokens})"
+        )
 
 
 def _model(m: ModelConfig) -> ModelConfig:
@@ -369,13 +396,9 @@ def _train(t: TrainConfig) -> TrainConfig:
 
 
 def _sample(s: SampleConfig) -> SampleConfig:
-    check_sampling(
-        max_new_tokens=s.max_new_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        prefix="sample.",
-    )
+    request = dataclasses.asdict(s)
+    del request["prompt"]
+    check_sampling(**request, prefix="sample.")
     return s
 
 

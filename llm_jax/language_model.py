@@ -2,8 +2,9 @@
 
 import functools
 import inspect
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,14 @@ class LanguageModel:
         temperature: float = SampleConfig.temperature,
         top_k: int | None = SampleConfig.top_k,
         top_p: float | None = SampleConfig.top_p,
+        min_p: float = SampleConfig.min_p,
+        repetition_penalty: float = SampleConfig.repetition_penalty,
+        presence_penalty: float = SampleConfig.presence_penalty,
+        frequency_penalty: float = SampleConfig.frequency_penalty,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
+        min_new_tokens: int = SampleConfig.min_new_tokens,
         long_prompt: str = "keep_tail",
     ) -> str | list[str] | np.ndarray:
         """The context with its continuation: a text for a text, a list for a list, int32 [B, T + new] for [B, T].
@@ -68,7 +75,14 @@ class LanguageModel:
         Args:
             temperature: 0 is greedy.
             top_k, top_p: keep the k likeliest tokens, then those that make up probability p; None: all.
+            min_p: then those at least this times as likely as the likeliest.
+            repetition_penalty: what the logit of a token that the text holds already is divided by, or multiplied
+                with where it is negative; 1: none.
+            presence_penalty, frequency_penalty: what is subtracted from the logit of a token that the continuation
+                holds already, once and for each time.
+            logit_bias: token -> what is added to its logit; -inf forbids it.
             stop_tokens: ids that end a row; None: the tokenizer's end of text, (): none.
+            min_new_tokens: as many tokens come before a stop token may.
             long_prompt: what becomes of a prompt longer than block_size. "keep_tail": the model sees its
                 tail (with rope: all of it, through a window of block_size). "error": InputError.
 
@@ -81,8 +95,14 @@ class LanguageModel:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
             seed=seed,
             stop_tokens=stop_tokens,
+            min_new_tokens=min_new_tokens,
             long_prompt=long_prompt,
         )
         if isinstance(context, str):
@@ -130,15 +150,23 @@ class LanguageModel:
         numbers: Sequence[int],
         *,
         max_new_tokens: int,
-        temperature: float,
         top_k: int | None,
         top_p: float | None,
+        logit_bias: Mapping[int, float] | None,
         seed: int,
         stop_tokens: Sequence[int] | None,
+        min_new_tokens: int,
         long_prompt: str,
+        **numeric: float,
     ) -> list[list[int]]:
-        """The new tokens of each prompt, the stop token included; `numbers` tells equal prompts' keys apart."""
-        check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+        """The new tokens of each prompt, the stop token included; `numbers` tells equal prompts' keys apart.
+
+        `numeric` are the fields of `generate.SamplingConfig` that go there as they are.
+        """
+        check_sampling(
+            max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens, **numeric
+        )
+        bias = self._dense_bias(logit_bias or {})
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed ({seed}) must be at least 0 and at most {MAX_SEED}")
         cfg = self.config.model
@@ -168,9 +196,11 @@ class LanguageModel:
             lengths,
             jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(numbers)),
             generate.SamplingConfig(
-                temperature=everywhere(temperature, np.float32),
                 top_k=everywhere(min(top_k or cfg.vocab_size, cfg.vocab_size), np.int32),
                 top_p=everywhere(1.0 if top_p is None else top_p, np.float32),
+                logit_bias=np.broadcast_to(bias, (len(prompts), cfg.vocab_size)),
+                min_new_tokens=everywhere(min_new_tokens, np.int32),
+                **{name: everywhere(value, np.float32) for name, value in numeric.items()},
             ),
             max_new_tokens=max_new_tokens,
             slide=not cfg.use_rope and longest + max_new_tokens > cfg.block_size,
@@ -191,6 +221,16 @@ class LanguageModel:
                 "give at least one character"
             )
         return ids or begin
+
+    def _dense_bias(self, logit_bias: Mapping[int, float]) -> Float[np.ndarray, "V"]:
+        bias = np.zeros(self.config.model.vocab_size, np.float32)
+        for token, value in logit_bias.items():
+            if not 0 <= token < len(bias):
+                raise InputError(f"logit_bias: token {token} is not in the vocabulary (0 to {len(bias) - 1})")
+            if math.isnan(value) or value == math.inf:
+                raise InputError(f"logit_bias of token {token} ({value}) must be a finite number, or -inf")
+            bias[token] = value
+        return bias
 
     def _checked_tokens(self, tokens: Any) -> np.ndarray:
         try:

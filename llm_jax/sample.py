@@ -20,6 +20,25 @@ _TOP_K = absl_flags.DEFINE_integer("top_k", SampleConfig.top_k, "Keep the k like
 _TOP_P = absl_flags.DEFINE_float(
     "top_p", SampleConfig.top_p, "Keep the likeliest tokens of probability p. Default: all."
 )
+_MIN_P = absl_flags.DEFINE_float(
+    "min_p", SampleConfig.min_p, "Then those at least this times as likely as the likeliest."
+)
+_REPETITION_PENALTY = absl_flags.DEFINE_float(
+    "repetition_penalty",
+    SampleConfig.repetition_penalty,
+    "Divides the logits of tokens that the text holds already (multiplies negative ones).",
+)
+_PRESENCE_PENALTY = absl_flags.DEFINE_float(
+    "presence_penalty",
+    SampleConfig.presence_penalty,
+    "Subtracted from the logits of tokens that were added already.",
+)
+_FREQUENCY_PENALTY = absl_flags.DEFINE_float(
+    "frequency_penalty", SampleConfig.frequency_penalty, "The same, for each time."
+)
+_MIN_NEW_TOKENS = absl_flags.DEFINE_integer(
+    "min_new_tokens", SampleConfig.min_new_tokens, "So many before the end of text may come."
+)
 _SEED = absl_flags.DEFINE_integer(
     "seed", 0, "The same seed gives the same text.", lower_bound=0, upper_bound=MAX_SEED
 )
@@ -36,6 +55,11 @@ def main() -> None:
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        presence_penalty=_PRESENCE_PENALTY.value,
+        frequency_penalty=_FREQUENCY_PENALTY.value,
+        min_new_tokens=_MIN_NEW_TOKENS.value,
     )
     check_sampling(**request)  # before the model is loaded
     with flags.importing():

@@ -222,7 +222,106 @@ def test_a_tiny_temperature_is_nearly_greedy(temperature):
     np.testing.assert_array_equal(tokens, np.argmax(logits, -1))
 
 
+# -- What the text holds already
+
+PENALTIES = [(1.0, 0.0, 0.0), (1.4, 0.0, 0.0), (0.7, 0.0, 0.0), (1.0, 3.0, 0.0), (1.0, 0.0, 1.5), (1.2, 2.0, -0.5)]
+
+
+def test_penalties_and_bias_by_row_as_written_out():
+    """Greedy, by a loop over forwards of the whole text, in numpy."""
+    cfg, n = make(), len(PENALTIES)
+    params, tokens, lengths = random_params(cfg), prompt(n, 6), np.array([6, 5, 6, 3, 6, 4])
+    bias = np.random.default_rng(1).normal(0, 2, (n, VOCAB)).astype(np.float32)
+    how = sampling(*[GREEDY] * n)._replace(
+        **dict(
+            zip(
+                ("repetition_penalty", "presence_penalty", "frequency_penalty"),
+                map(jnp.float32, zip(*PENALTIES, strict=True)),
+                strict=True,
+            )
+        ),
+        logit_bias=jnp.asarray(bias),
+    )
+    out = cached(cfg, params, tokens, jnp.asarray(lengths), KEYS(jnp.arange(n)), how, max_new_tokens=16)
+    for row, (repetition, presence, frequency) in enumerate(PENALTIES):
+        text = np.asarray(tokens)[row, : lengths[row]].tolist()
+        for _ in range(16):
+            padded = jnp.asarray([[*text, *[0] * (22 - len(text))]])
+            logits = np.asarray(forward(cfg, params, padded))[0, len(text) - 1] + bias[row]
+            for token in set(text):
+                logits[token] = logits[token] / repetition if logits[token] > 0 else logits[token] * repetition
+                new = text[lengths[row] :].count(token)
+                logits[token] -= presence * (new > 0) + frequency * new
+            text.append(int(np.argmax(logits)))
+        assert np.asarray(out.tokens)[row, : len(text)].tolist() == text
+    without = how._replace(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    biased, plain = (
+        cached(cfg, params, tokens, jnp.asarray(lengths), KEYS(jnp.arange(n)), each, max_new_tokens=16)
+        for each in (without, sampling(*[GREEDY] * n))
+    )
+    changed = [(np.asarray(out.tokens) != np.asarray(other.tokens)).any(axis=1).tolist() for other in (plain, biased)]
+    assert all(changed[0]) and changed[1] == [False, *[True] * (n - 1)]
+
+
+def test_a_token_that_bias_forbids_is_never_drawn_and_logprobs_stay_the_models():
+    cfg = make()
+    bias = jnp.where(jnp.arange(VOCAB) % 2 == 0, -jnp.inf, 0.0)
+    how = sampling(SAMPLED, MASKED)._replace(logit_bias=jnp.tile(bias, (2, 1)))
+    inputs = (random_params(cfg), prompt(2, 6), jnp.array([6, 2]), KEYS(jnp.arange(2)))
+    out = cached(cfg, *inputs, how, max_new_tokens=16)
+    new = np.stack([np.asarray(out.tokens)[row, start : start + 16] for row, start in ((0, 6), (1, 2))])
+    assert (new % 2 == 1).all()
+    logprobs = jax.nn.log_softmax(forward(cfg, inputs[0], out.tokens[:1]))[0, 5:21]
+    np.testing.assert_allclose(out.logprobs[0], np.asarray(logprobs)[np.arange(16), new[0]], atol=1e-4)
+
+
 # -- Ends
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 15, 16, 17, 18, 33])
+def test_fewer_new_tokens_are_the_first_of_more(max_new_tokens):
+    """Whatever scans they make."""
+    cfg = make(block_size=64)
+    inputs = (random_params(cfg), prompt(2, 4), jnp.array([4, 2]), KEYS(jnp.arange(2)), sampling(GREEDY, SAMPLED))
+    many, out = (cached(cfg, *inputs, max_new_tokens=n) for n in (40, max_new_tokens))
+    for row, start in ((0, 4), (1, 2)):
+        end = start + max_new_tokens
+        np.testing.assert_array_equal(out.tokens[row, :end], many.tokens[row, :end])
+        assert int(out.lengths[row]) == end and not out.tokens[row, end:].any()
+    np.testing.assert_allclose(out.logprobs, many.logprobs[:, :max_new_tokens], atol=1e-4)
+
+
+def test_it_ends_within_a_scan_of_the_last_rows_stop_token():
+    cfg, steps = make(block_size=256), []
+
+    def counted(params, tokens, positions, cache):
+        jax.debug.callback(lambda: steps.append(tokens.shape[1]))
+        return apply_fn(cfg)(params, tokens, positions, cache)
+
+    inputs = (random_params(cfg), prompt(2, 4), jnp.array([4, 2]), KEYS(jnp.arange(2)), sampling(SAMPLED, SAMPLED))
+    request = dict(max_new_tokens=200, init_cache=functools.partial(model.init_cache, cfg))
+    free = cached(cfg, *inputs, max_new_tokens=200)
+    stops = (int(free.tokens[0, 9]), int(free.tokens[1, 7]))  # the sixth new token of both rows, if not before
+    out = generate.generate(counted, *inputs, **request, stop_tokens=stops)
+    jax.effects_barrier()
+    assert steps.count(4) == 1 and steps.count(1) <= generate.CHUNK
+    for row, start in ((0, 4), (1, 2)):
+        end = int(out.lengths[row])
+        assert start < end <= start + 6 and int(out.tokens[row, end - 1]) in stops
+        np.testing.assert_array_equal(out.tokens[row, :end], free.tokens[row, :end])
+
+
+def test_no_stop_token_before_min_new_tokens():
+    cfg = make()
+    inputs = (random_params(cfg), prompt(3, 6), jnp.array([6, 6, 2]), KEYS(jnp.arange(3)))
+    free = cached(cfg, *inputs, sampling(*[GREEDY] * 3), max_new_tokens=16)
+    stops = tuple({int(free.tokens[row, start]) for row, start in ((0, 6), (1, 6), (2, 2))})  # the first of each
+    how = sampling(*[GREEDY] * 3)._replace(min_new_tokens=jnp.array([0, 5, 16]))
+    out = cached(cfg, *inputs, how, max_new_tokens=16, stop_tokens=stops)
+    count = np.asarray(out.lengths) - np.array([6, 6, 2])
+    assert count[0] == 1 and count[1] > 5 and count[2] == 16
+    assert not np.isin(np.asarray(out.tokens)[1, 6:11], stops).any()
+    assert not np.isin(np.asarray(out.tokens)[2, 2:18], stops).any()
 
 
 def test_a_stop_token_ends_its_row_and_no_other_and_may_stand_in_a_prompt():

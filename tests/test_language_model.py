@@ -1,4 +1,5 @@
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -172,12 +173,21 @@ def test_sampling_arguments_act(lm):
     free = lm.generate("the ", max_new_tokens=12, seed=9)
     assert free == lm.generate("the ", max_new_tokens=12, seed=9, top_k=256, top_p=1.0)
     assert free == lm.generate("the ", max_new_tokens=12, seed=9, top_k=10**12)
+    assert free == lm.generate("the ", max_new_tokens=12, seed=9, min_p=0.0, repetition_penalty=1.0, logit_bias={})
+    assert greedy == lm.generate("the ", max_new_tokens=12, min_p=1.0, seed=9)
+    letters = lm.generate("the ", max_new_tokens=12, seed=9, logit_bias={token: -math.inf for token in range(97)})
+    assert free != letters and all(ord(letter) >= 97 for letter in letters.removeprefix("the "))
+    # What repeats without a penalty does not with one.
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        changed = lm.generate("the ", max_new_tokens=12, temperature=0.0, **{penalty: 1e4}).removeprefix("the ")
+        assert len(set(changed)) == len(changed) > len(set(greedy.removeprefix("the ")))
+    assert greedy != lm.generate("the ", max_new_tokens=12, temperature=0.0, repetition_penalty=1e4)
 
 
 def test_another_value_or_a_prompt_of_about_the_same_length_compiles_nothing(lm):
     lm.generate("the ", max_new_tokens=12)
     programs = language_model._generate._cache_size()
-    lm.generate("the cat sees", max_new_tokens=12, temperature=0.3, top_k=4, top_p=0.5, seed=8)
+    lm.generate("the cat sees", max_new_tokens=12, temperature=0.3, top_k=4, top_p=0.5, seed=8, presence_penalty=1.0)
     lm.generate("a", max_new_tokens=12, temperature=0.0)
     assert language_model._generate._cache_size() == programs
     lm.generate("a", max_new_tokens=2)
@@ -264,6 +274,15 @@ def test_learned_positions_go_on_past_block_size():
         (dict(top_p=0.0), "top_p (0.0)"),
         (dict(top_p=1.01), "top_p (1.01)"),
         (dict(top_p=float("nan")), "top_p (nan)"),
+        (dict(min_p=-0.1), "min_p (-0.1)"),
+        (dict(min_p=float("nan")), "min_p (nan)"),
+        (dict(repetition_penalty=0.0), "repetition_penalty (0.0)"),
+        (dict(presence_penalty=float("nan")), "presence_penalty (nan)"),
+        (dict(frequency_penalty=float("inf")), "frequency_penalty (inf)"),
+        (dict(min_new_tokens=-1), "min_new_tokens (-1)"),
+        (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens (9)"),
+        (dict(logit_bias={256: 1.0}), "token 256 is not in the vocabulary (0 to 255)"),
+        (dict(logit_bias={3: float("inf")}), "token 3 (inf)"),
         (dict(max_new_tokens=-1), "max_new_tokens (-1)"),
         (dict(long_prompt="cut"), "long_prompt ('cut')"),
     ],

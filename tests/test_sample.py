@@ -72,7 +72,8 @@ def test_the_defaults_are_those_of_generate(sample, tiny_run):
 
 
 def test_flags_are_the_arguments_of_generate(sample, tiny_run):
-    request = dict(temperature=0.7, top_k=20, top_p=0.9, seed=5)
+    penalties = dict(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1)
+    request = dict(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02, seed=5, min_new_tokens=3, **penalties)
     flags = [f"--{name}={value}" for name, value in request.items()]
     assert sample("--prompt=a cat", *flags) == llm_jax.load(tiny_run).generate("a cat", **request) + "\n"
 
@@ -130,7 +131,8 @@ def test_a_terminal_without_unicode(run_python, tiny_run):
 def test_help(run_python):
     result = run_python("-m", "llm_jax.sample", "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    for flag in "workdir step prompt max_new_tokens temperature top_k top_p seed num_samples long_prompt".split():
+    plain = "workdir step prompt max_new_tokens temperature top_k top_p seed num_samples long_prompt"
+    for flag in (plain + " min_p repetition_penalty presence_penalty frequency_penalty min_new_tokens").split():
         assert f"--{flag}:" in result.stdout
     assert "--[no]json:" in result.stdout
 
@@ -181,6 +183,10 @@ MISTAKES = [
     (["--top_p=0"], ["top_p (0.0)", "above 0"]),
     (["--top_p=1.01"], ["top_p (1.01)", "at most 1"]),
     (["--top_p=nan"], ["top_p (nan)", "at most 1"]),
+    (["--min_p=2"], ["min_p (2.0)", "at most 1"]),
+    (["--repetition_penalty=0"], ["repetition_penalty (0.0)", "above 0"]),
+    (["--frequency_penalty=nan"], ["frequency_penalty (nan)", "finite"]),
+    (["--min_new_tokens=101"], ["min_new_tokens (101)", "max_new_tokens (100)"]),
     (["--temperature=-0.1"], ["temperature (-0.1)", "0 (greedy) or more"]),
     (["--temperature=nan"], ["temperature (nan)", "finite"]),
     (["--temperature=inf"], ["temperature (inf)", "finite"]),

@@ -111,7 +111,13 @@ def test_sampler(cfg, mesh, compiled, slide):
         jax.ShapeDtypeStruct((2, 16), np.int32),
         rows[0],
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2)),
-        generate.SamplingConfig(temperature=rows[1], top_k=rows[0], top_p=rows[1]),
+        generate.SamplingConfig(
+            top_k=rows[0],
+            min_new_tokens=rows[0],
+            logit_bias=jax.ShapeDtypeStruct((2, cfg.model.vocab_size), np.float32),
+            **dict.fromkeys(("temperature", "top_p", "min_p"), rows[1]),
+            **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), rows[1]),
+        ),
     )
     lowered = language_model._generate.lower(
         cfg.model,

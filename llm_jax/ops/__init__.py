@@ -21,7 +21,7 @@ from llm_jax.ops.losses import cross_entropy, linear_cross_entropy
 from llm_jax.ops.norms import layer_norm, rms_norm
 from llm_jax.ops.orthogonalize import orthogonalize
 from llm_jax.ops.rope import RopeScaling, apply_rope, precompute_freqs_cis, rope, rope_frequencies
-from llm_jax.ops.sampling import draw, min_p_mask, top_k_mask, top_p_mask
+from llm_jax.ops.sampling import draw, min_p_mask, penalize, top_k_mask, top_p_mask
 
 __all__ = [
     "MASK_VALUE",
@@ -38,6 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "masked_attention",
     "min_p_mask",
+    "penalize",
     "orthogonalize",
     "precompute_freqs_cis",
     "rms_norm",

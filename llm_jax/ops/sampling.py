@@ -61,6 +61,33 @@ def min_p_mask(
     return jnp.where(probs < least, -jnp.inf, logits)
 
 
+def penalize(
+    logits: Float[Array, "*B V"],
+    in_text: Int[Array, "*B V"],
+    in_continuation: Int[Array, "*B V"],
+    *,
+    repetition: Scalar | Float[Array, "*B"],
+    presence: Scalar | Float[Array, "*B"],
+    frequency: Scalar | Float[Array, "*B"],
+) -> Float[Array, "*B V"]:
+    """Lowers the logits of tokens that are there already.
+
+    repetition: of a token with in_text > 0 a positive logit is divided by it, a negative one multiplied (Keskar et
+    al. 2019, "CTRL", as transformers' RepetitionPenaltyLogitsProcessor); 1: off. presence: subtracted where
+    in_continuation > 0. frequency: subtracted in_continuation times (both as in OpenAI's API); 0: off.
+
+    Args:
+        in_text, in_continuation: how often each token is in the whole text, and in what was generated of it.
+    """
+    repetition, presence, frequency = (
+        jnp.asarray(value, jnp.float32)[..., None] for value in (repetition, presence, frequency)
+    )
+    logits = logits.astype(jnp.float32)
+    lowered = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(in_text > 0, lowered, logits)
+    return logits - presence * (in_continuation > 0) - frequency * in_continuation
+
+
 def draw(logits: Float[Array, "*B V"], uniform: Float[Array, "*B"]) -> Int[Array, "*B"]:
     """One token (int32) a row from softmax(logits), by inverse CDF of one uniform in [0, 1) a row.
 

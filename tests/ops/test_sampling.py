@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.ops import draw, min_p_mask, top_k_mask, top_p_mask
+from llm_jax.ops import draw, min_p_mask, penalize, top_k_mask, top_p_mask
 
 JIT_TOP_K = jax.jit(top_k_mask)
 ROWS = np.random.default_rng(0).standard_normal((1000, 40)).astype(np.float32) * 2
@@ -105,6 +105,24 @@ def test_dtype_vmap(name, dtype):
     assert whole.dtype == dtype
     by_row = jax.vmap(mask)(rows, jnp.full(20, values[2]))
     np.testing.assert_array_equal(by_row.astype(jnp.float32), whole.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("repetition", [0.5, 1.0, 1.3])
+def test_repetition_penalty_equals_transformers(repetition):
+    torch = pytest.importorskip("torch", reason="torch not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers not installed")
+    logits, text = jnp.asarray(ROWS[:50]), np.random.default_rng(0).integers(0, ROWS.shape[1], (50, 12))
+    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty=repetition)
+    expected = processor(torch.tensor(text), torch.tensor(np.asarray(logits, np.float32)))
+    in_text = jnp.stack([jnp.bincount(row, length=ROWS.shape[1]) for row in text])
+    actual = penalize(logits, in_text, 0 * in_text, repetition=jnp.full(50, repetition), presence=0.0, frequency=0.0)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-6)
+
+
+def test_presence_is_subtracted_once_and_frequency_each_time():
+    counts = jnp.array([0, 1, 3, 0])
+    out = penalize(jnp.zeros(4), counts, counts, repetition=1.0, presence=0.5, frequency=0.25)
+    np.testing.assert_array_equal(out, [0, -0.75, -1.25, 0])
 
 
 def test_draw_has_the_exact_distribution():
