@@ -36,13 +36,18 @@ def devices(given: Mapping[str, str], cfg: Config) -> dict[str, str]:
     As many devices as `mesh.data` wants, if there are as many cores. Else as many as there are cores, or as divide
     the rows of a micro-batch; one for a wide model, or with dropout, whose mask is drawn for all rows at once.
     """
-    if NUM_DEVICES in given or "host_platform_device_count" in given.get("XLA_FLAGS", ""):
+    if devices_are_set(given):
         return {}
     rows, wanted = cfg.train.batch_size // cfg.train.accumulation_steps, cfg.mesh.data
     if not 1 <= wanted <= cores():
         most = 1 if cfg.model.n_embd >= TOO_WIDE or cfg.model.dropout else min(cores(), MAX_DEVICES)
         wanted = max(n for n in range(1, most + 1) if rows % n == 0)
     return {NUM_DEVICES: str(wanted)}
+
+
+def devices_are_set(given: Mapping[str, str]) -> bool:
+    """Whether a person has: jax refuses both variables at once."""
+    return NUM_DEVICES in given or "host_platform_device_count" in given.get("XLA_FLAGS", "")
 
 
 def cores() -> int:

@@ -203,7 +203,7 @@ def test_eight_devices_continue_one_devices_run_with_its_losses(config, unstoppe
     assert lm.generate("the ", max_new_tokens=8, temperature=0.0).startswith("the ")
 
 
-# -- Muon, and the average of the parameters
+# -- What waits, and what is told before
 
 
 def test_evaluation_keeps_few_batches_waiting(config, tmp_path, one_device, monkeypatch):
@@ -273,6 +273,9 @@ def test_batches_are_made_ahead_of_their_steps():
     made = []
     ahead = [made[-1] - step for step, _ in train._ahead(AtOnce(), made.append, range(6))]
     assert ahead == [min(train.BATCHES_AHEAD, 5 - step) for step in range(6)] and train.BATCHES_AHEAD > 0
+
+
+# -- Muon, and the average of the parameters
 
 
 def test_a_run_by_muon_with_an_average_evaluates_keeps_and_returns_the_average(config, tmp_path, one_device):

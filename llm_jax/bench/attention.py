@@ -38,11 +38,11 @@ def measure(
 ) -> dict[str, Any]:
     """The JSON object of `bench attention`; tells its progress and a table on standard error."""
     huge_pages, left_out = cpu.huge_pages(os.environ), {}
-    ours = Worker(Ours, dtype, environment=huge_pages | {cpu.NUM_DEVICES: "1"})
+    ours = Worker(Ours, dtype, 1, environment=huge_pages)
     device, by_core, sdpa = ours.call("device"), None, None
     num_devices = min(cpu.cores(), cpu.MAX_DEVICES)
-    if device["platform"] == "cpu" and num_devices > 1:
-        by_core = Worker(Ours, dtype, environment=huge_pages | {cpu.NUM_DEVICES: str(num_devices)})
+    if device["platform"] == "cpu" and num_devices > 1 and not cpu.devices_are_set(os.environ):
+        by_core = Worker(Ours, dtype, num_devices, environment=huge_pages | {cpu.NUM_DEVICES: str(num_devices)})
     if peers:
         try:
             if missing := torch_peers.missing("torch"):
@@ -106,14 +106,13 @@ def _table(measured: Sequence[dict[str, Any]]) -> str:
 
 
 class Ours:
-    """`ops.attention`, causal, forward and backward: on an accelerator by one device, on a CPU by all that it is."""
+    """`ops.attention`, causal, forward and backward, by the first devices, each with rows of its own."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, num_devices: int) -> None:
         jax.config.update("jax_enable_compilation_cache", False)  # compile time is a first run's
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves an accelerator's memory to the peer too
         self._device, self._dtype = jax.devices()[0], dtype
-        devices = jax.devices() if self._device.platform == "cpu" else jax.devices()[:1]
-        self._mesh = sharding.make_mesh(MeshConfig(), devices)
+        self._mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:num_devices])
         self.forget()
 
     def device(self) -> dict[str, Any]:
