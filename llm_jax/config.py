@@ -20,6 +20,8 @@ MLPS = ("gelu", "gelu_tanh", "swiglu", "geglu", "relu2")
 ROPE_SCALINGS = ("linear", "ntk", "llama3", "yarn")
 LAYER_TYPES = ("full", "sliding")
 DTYPES = ("float32", "bfloat16")
+CACHE_DTYPES = (*DTYPES, "int8")  # of keys and values when decoding
+WEIGHTS = ("int8",)  # what matrices may be rounded to when decoding
 ATTENTIONS = ("auto", "plain", "blockwise", "cudnn", "splash")
 LAYER_EXECUTIONS = ("auto", "scan", "unrolled")
 REMATS = ("none", "block", "dots")
@@ -228,6 +230,29 @@ def check_keys(keys: Iterable[str]) -> None:
     for key in keys:
         if key not in known:
             raise InputError(unknown_key(key, known))
+
+
+def for_inference(cfg: Config, *, dtype: str | None, rope_scaling: str | None, rope_factor: float | None) -> Config:
+    """The config of a trained model in another dtype, or seeing rope_factor times its block_size."""
+    changes = {} if dtype is None else {"param_dtype": dtype, "compute_dtype": dtype}
+    if (rope_scaling is None) != (rope_factor is None):
+        raise InputError(
+            f"rope_scaling ({rope_scaling!r}) and rope_factor ({rope_factor}) go together: how positions are "
+            f"stretched ({', '.join(ROPE_SCALINGS)}), and how much"
+        )
+    m = cfg.model
+    if rope_scaling is not None:
+        if m.rope_scaling is not None:
+            raise InputError(f"this model has rope_scaling {m.rope_scaling!r} already; leave rope_scaling out")
+        if not rope_factor >= 1:
+            raise InputError(f"rope_factor ({rope_factor}) must be 1 or more")
+        changes |= {
+            "rope_scaling": rope_scaling,
+            "rope_factor": rope_factor,
+            "rope_original_length": m.block_size,
+            "block_size": round(m.block_size * rope_factor),
+        }
+    return dataclasses.replace(cfg, model=_model(dataclasses.replace(m, **changes)))
 
 
 def check_sampling(

@@ -2,6 +2,10 @@
 
 `apply_fn(params, tokens[B,T], positions[B,T], cache) -> (float32 logits [B,T,V], cache)`; a position below
 0 marks padding. Prompts are right-padded; row i has lengths[i] >= 1 tokens, and its continuation starts there.
+For a prompt, apply_fn may return the logits of each row's last token alone, [B,1,V].
+
+`generate` is all of it in one traceable function. `prefill` and `decode` are its parts, for a loop on the host that
+looks at the text as it comes.
 """
 
 from collections.abc import Callable
@@ -41,14 +45,34 @@ class Generation(NamedTuple):
     logprobs: Float[Array, "B new"]  # of each chosen token, unmodified model (temperature 1, no mask); 0 past the end
 
 
-class _State(NamedTuple):
+class Rows(NamedTuple):
+    """What of each row stays as it is while it is continued."""
+
+    keys: Key[Array, "B"]
+    starts: Int[Array, "B"]  # the prompt's length
+    ends: Int[Array, "B"]  # the length at which the row is done
+    sampling: SamplingConfig
+    stop_tokens: Int[Array, "n"]  # of all rows; negative: none
+
+
+class State(NamedTuple):
     """Between two tokens."""
 
-    tokens: Int[Array, "B T+new"]
-    lengths: Int[Array, "B"]
+    last: Int[Array, "B"]  # each row's latest token, which the cache does not hold yet
+    lengths: Int[Array, "B"]  # tokens of the row, the latest included
     done: Bool[Array, "B"]
-    logprobs: Float[Array, "B new"]
+    in_prompt: Bool[Array, "B V"]
+    counts: Int[Array, "B V"]  # how often each token is in the continuation
     cache: Any
+
+
+class Drawn(NamedTuple):
+    """New tokens; of a row that is done before the last of them, the first lengths - (lengths before) count."""
+
+    tokens: Int[Array, "B new"]
+    logprobs: Float[Array, "B new"]  # unmodified model
+    top_tokens: Int[Array, "B new n"]  # the n likeliest by the unmodified model
+    top_logprobs: Float[Array, "B new n"]
 
 
 def sample_tokens(
@@ -58,45 +82,111 @@ def sample_tokens(
 
     Of `sampling` it takes temperature, top-k, top-p and min-p; what depends on the text is `penalized`.
     """
-    greedy = sampling.temperature == 0
     logits = logits.astype(jnp.float32)
-    # Below 1e-30 logits would overflow, and nothing changes any more.
-    warped = logits / jnp.where(greedy, 1.0, jnp.maximum(sampling.temperature, 1e-30))[:, None]
-    warped = ops.top_k_mask(warped, sampling.top_k)
-    warped = ops.top_p_mask(warped, sampling.top_p)
-    warped = ops.min_p_mask(warped, jnp.asarray(sampling.min_p))
-    uniform = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(keys, positions)
-    return jnp.where(greedy, jnp.argmax(logits, axis=-1), ops.draw(warped, uniform)).astype(jnp.int32)
+    greedy = jnp.broadcast_to(jnp.asarray(sampling.temperature) == 0, keys.shape)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample() -> Array:
+        # Below 1e-30 logits would overflow, and nothing changes any more. The likeliest is at 0 exactly.
+        temperature = jnp.where(greedy, 1.0, jnp.maximum(sampling.temperature, 1e-30))[:, None]
+        warped = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+        uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, positions)
+        top_k = jnp.where(greedy, 1, sampling.top_k)  # whatever it asks for, it is quickly found
+        return ops.masked_draw(warped, uniform, top_k=top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+
+    return jnp.where(greedy, likeliest, jax.lax.cond(jnp.all(greedy), lambda: likeliest, sample))
 
 
 def penalized(
     logits: Float[Array, "B V"],
-    tokens: Int[Array, "B T"],
-    starts: Int[Array, "B"],
-    lengths: Int[Array, "B"],
+    in_text: Callable[[], tuple[Bool[Array, "B V"], Int[Array, "B V"]]],
     sampling: SamplingConfig,
 ) -> Float[Array, "B V"]:
-    """The logits after a text of `lengths` tokens, whose continuation begins at `starts`, with bias and penalties."""
+    """The logits with bias and penalties.
+
+    Args:
+        in_text: () -> (which tokens the prompt holds, how often the continuation holds each); called where some row
+            has a penalty.
+    """
     logits = logits.astype(jnp.float32) + sampling.logit_bias
-    penalties = [
-        jnp.broadcast_to(jnp.asarray(value, jnp.float32), lengths.shape)
+    repetition, presence, frequency = (
+        jnp.broadcast_to(jnp.asarray(value, jnp.float32), logits.shape[:1])
         for value in (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-    ]
+    )
 
-    def penalize(logits: Array) -> Array:
-        rows, columns = jnp.arange(len(tokens))[:, None], jnp.arange(tokens.shape[1])
-        there, new = columns < lengths[:, None], columns >= starts[:, None]
-        none = jnp.zeros(logits.shape, jnp.int32)
-        in_text = none.at[rows, tokens].add(there.astype(jnp.int32), mode="drop")
-        in_continuation = none.at[rows, tokens].add((there & new).astype(jnp.int32), mode="drop")
-        repetition, presence, frequency = penalties
-        return ops.penalize(
-            logits, in_text, in_continuation, repetition=repetition, presence=presence, frequency=frequency
-        )
+    def penalize() -> Array:
+        in_prompt, counts = in_text()
+        each = dict(repetition=repetition, presence=presence, frequency=frequency)
+        return ops.penalize(logits, in_prompt | (counts > 0), counts, **each)
 
-    repetition, presence, frequency = penalties
     asked = jnp.any(repetition != 1) | jnp.any(presence != 0) | jnp.any(frequency != 0)
-    return jax.lax.cond(asked, penalize, lambda logits: logits, logits)
+    return jax.lax.cond(asked, penalize, lambda: logits)
+
+
+def prefill(
+    apply_fn: ApplyFn,
+    params: Any,
+    tokens: Int[Array, "b T"],
+    rows: Rows,
+    cache: Any,
+    *,
+    num_samples: int = 1,
+    top_logprobs: int = 0,
+) -> tuple[State, Drawn]:
+    """The first new token of each row, and the state from which `decode` goes on. `rows.ends` is above `starts`.
+
+    Args:
+        cache: an empty one.
+        num_samples: continuations of each prompt, side by side: `rows` has B = b x num_samples.
+    """
+    lengths = rows.starts[::num_samples]
+    positions = jnp.arange(tokens.shape[1])
+    there = positions < lengths[:, None]
+    logits, cache = apply_fn(params, tokens, jnp.where(there, positions, -1), cache)
+    if logits.shape[1] == tokens.shape[1]:
+        logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)
+    logits = logits[:, 0]
+    size = logits.shape[-1]
+    in_prompt = _counts(jnp.zeros((len(tokens), size), jnp.int32), tokens, there) > 0
+    logits, in_prompt, cache = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, num_samples, axis=0) if num_samples > 1 else leaf, (logits, in_prompt, cache)
+    )
+    batch = len(rows.starts)
+    state = State(
+        last=jnp.zeros(batch, jnp.int32),
+        lengths=rows.starts,
+        done=jnp.zeros(batch, bool),
+        in_prompt=in_prompt,
+        counts=jnp.zeros((batch, size), jnp.int32),
+        cache=cache,
+    )
+    state, drawn = _choose(logits, state, lambda: (in_prompt, state.counts), rows, top_logprobs)
+    drawn = jax.tree.map(lambda leaf: leaf[:, None], drawn)
+    return state._replace(counts=_counts(state.counts, drawn.tokens, jnp.ones((batch, 1), bool))), drawn
+
+
+def decode(
+    apply_fn: ApplyFn, params: Any, state: State, rows: Rows, *, length: int, top_logprobs: int = 0
+) -> tuple[State, Drawn]:
+    """`length` more tokens of each row that is not done: one scan."""
+    before = state.lengths
+    # Counted once for all of them, and where a penalty asks for it: counts are as large as a row of logits.
+    drawn = jnp.zeros((len(before), length), jnp.int32)
+
+    def step(carry: tuple[State, Array], i: Array) -> tuple[tuple[State, Array], Drawn]:
+        now, drawn = carry
+
+        def in_text() -> tuple[Array, Array]:
+            return state.in_prompt, _counts(state.counts, drawn, jnp.arange(length) < (now.lengths - before)[:, None])
+
+        logits, cache = apply_fn(params, now.last[:, None], (now.lengths - 1)[:, None], now.cache)
+        now, new = _choose(logits[:, 0], now._replace(cache=cache), in_text, rows, top_logprobs)
+        return (now, jax.lax.dynamic_update_index_in_dim(drawn, new.tokens, i, 1)), new
+
+    moving = state._replace(in_prompt=None, counts=None)
+    (now, drawn), new = jax.lax.scan(step, (moving, drawn), jnp.arange(length))
+    counts = _counts(state.counts, drawn, jnp.arange(length) < (now.lengths - before)[:, None])
+    return now._replace(in_prompt=state.in_prompt, counts=counts), jax.tree.map(lambda x: x.swapaxes(0, 1), new)
 
 
 def generate(
@@ -111,120 +201,107 @@ def generate(
     init_cache: Callable[[int, int], Any],
     stop_tokens: tuple[int, ...] = (),
     pad_token: int = 0,
+    split_cache: Callable[[Any, Array], Any] = lambda cache, lengths: cache,
+    merge_cache: Callable[[Any, Array], Any] = lambda cache, lengths: cache,
 ) -> Generation:
     """Continues each row by max_new_tokens, or up to the first of stop_tokens.
 
     Args:
         init_cache: (batch, length) -> an empty cache for that many tokens.
+        split_cache, merge_cache: (cache, tokens that it holds [B]) -> cache, before and after each scan of at most
+            CHUNK tokens.
     """
-    batch, length = tokens.shape
-    choose = _chooser(keys, sampling, lengths, max_new_tokens, stop_tokens)
-
-    def prefill(state: _State) -> _State:
-        positions = jnp.arange(length)
-        positions = jnp.where(positions < lengths[:, None], positions, -1)
-        logits, cache = apply_fn(params, tokens, positions, init_cache(batch, length + max_new_tokens))
-        return choose(state._replace(cache=cache), _at(logits, lengths - 1))
-
-    def decode(state: _State) -> _State:
-        last = (state.lengths - 1)[:, None]
-        logits, cache = apply_fn(params, jnp.take_along_axis(state.tokens, last, axis=1), last, state.cache)
-        return choose(state._replace(cache=cache), logits[:, 0])
-
-    start = _start(tokens, lengths, max_new_tokens, pad_token)
+    batch, width = tokens.shape
+    there = jnp.arange(width + max_new_tokens) < lengths[:, None]
+    padded = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
+    text = Generation(jnp.where(there, padded, pad_token), lengths, jnp.zeros((batch, max_new_tokens)))
     if max_new_tokens == 0:
-        return _finish(start)
-    return _finish(_repeat(decode, prefill(start), max_new_tokens - 1))
+        return text
+    stops = jnp.array(stop_tokens or (-1,), jnp.int32)
+    rows = Rows(keys, lengths, lengths + max_new_tokens, sampling, stops)
+
+    def written(text: Generation, state: State, drawn: Drawn) -> Generation:
+        columns = text.lengths[:, None] + jnp.arange(drawn.tokens.shape[1])
+        out_of_range = width + max_new_tokens  # dropped
+        columns = jnp.where(columns < state.lengths[:, None], columns, out_of_range)
+        row = jnp.arange(batch)[:, None]
+        return Generation(
+            text.tokens.at[row, columns].set(drawn.tokens, mode="drop"),
+            state.lengths,
+            text.logprobs.at[row, columns - lengths[:, None]].set(drawn.logprobs, mode="drop"),
+        )
+
+    state, drawn = prefill(apply_fn, params, tokens, rows, init_cache(batch, width + max_new_tokens))
+    text = written(text, state, drawn)
+    left = max_new_tokens - 1
+    if left == 0:
+        return text
+    # The length whose last scan does the least in vain.
+    length = min(left, min(range(CHUNK, CHUNK // 2, -1), key=lambda length: -left % length))
+
+    def chunk(carry: tuple[State, Generation]) -> tuple[State, Generation]:
+        state, text = carry
+        state = state._replace(cache=split_cache(state.cache, state.lengths - 1))
+        state, drawn = decode(apply_fn, params, state, rows, length=length)
+        return state._replace(cache=merge_cache(state.cache, state.lengths - 1)), written(text, state, drawn)
+
+    return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), chunk, (state, text))[1]
 
 
-def generate_uncached(
-    apply_fn: ApplyFn,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    sampling: SamplingConfig,
-    *,
-    max_new_tokens: int,
-    context: int,
-    stop_tokens: tuple[int, ...] = (),
-    pad_token: int = 0,
-) -> Generation:
-    """`generate` with a full forward over each row's last `context` tokens, at positions 0.., for every token.
+def uncached(apply_fn: ApplyFn, context: int) -> tuple[ApplyFn, Callable[[int, int], Any]]:
+    """(apply_fn, init_cache) that compute every token by a full forward over the last `context` ones, at positions
+    0.. and on: the "cache" holds those tokens.
 
     What learned positions need past the trained context, where every token moves to another position; and
     the plain version that cached decoding is held to.
     """
-    choose = _chooser(keys, sampling, lengths, max_new_tokens, stop_tokens)
-    width = min(context, tokens.shape[1] + max_new_tokens)
 
-    def decode(state: _State) -> _State:
-        first = jnp.maximum(state.lengths - width, 0)
-        window = jax.vmap(lambda row, i: jax.lax.dynamic_slice(row, (i,), (width,)))(state.tokens, first)
+    def apply(params: Any, tokens: Array, positions: Array, cache: Array | None) -> tuple[Array, Array]:
+        lengths = jnp.max(positions, axis=1) + 1
+        if tokens.shape[1] > 1 or cache.shape[1] == 0:  # a prompt: its tail
+            first = jnp.maximum(lengths - context, 0)
+            padded = jnp.pad(tokens, ((0, 0), (0, context)))
+            window = jax.vmap(lambda row, i: jax.lax.dynamic_slice(row, (i,), (context,)))(padded, first)
+        else:
+            moved = jnp.where((lengths > context)[:, None], jnp.roll(cache, -1, axis=1), cache)
+            window = jnp.where(jnp.arange(context) == jnp.minimum(lengths, context)[:, None] - 1, tokens, moved)
+        at = jnp.minimum(lengths, context)[:, None] - 1
         # What lies after the last real token is never seen by it: attention is causal.
-        positions = jnp.broadcast_to(jnp.arange(width), window.shape)
-        logits, _ = apply_fn(params, window, positions, None)
-        return choose(state, _at(logits, state.lengths - first - 1))
+        at_0 = jnp.arange(context)
+        logits, _ = apply_fn(params, window, jnp.where(at_0 <= at, at_0, -1), None)
+        if logits.shape[1] == context:
+            logits = jnp.take_along_axis(logits, at[..., None], axis=1)
+        return logits, window
 
-    return _finish(_repeat(decode, _start(tokens, lengths, max_new_tokens, pad_token), max_new_tokens))
-
-
-def _start(tokens: Array, lengths: Array, max_new_tokens: int, pad_token: int) -> _State:
-    tokens = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, pad_token)
-    tokens = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)), constant_values=pad_token)
-    return _State(tokens, lengths, jnp.zeros(lengths.shape, bool), jnp.zeros((len(lengths), max_new_tokens)), None)
+    return apply, lambda batch, length: jnp.zeros((batch, 0), jnp.int32)
 
 
-def _repeat(decode: Callable[[_State], _State], state: _State, times: int) -> _State:
-    """`decode`, that many times, or until every row is done: by scans of one length, CHUNK at most."""
-    if times == 0:
-        return state
-    # The length whose last scan does the least in vain.
-    length = min(times, min(range(CHUNK, CHUNK // 2, -1), key=lambda length: -times % length))
-    chunks = -(-times // length)
-
-    def unfinished(carry: tuple[Array, _State]) -> Array:
-        return (carry[0] < chunks) & ~jnp.all(carry[1].done)
-
-    def chunk(carry: tuple[Array, _State]) -> tuple[Array, _State]:
-        return carry[0] + 1, jax.lax.scan(lambda state, _: (decode(state), None), carry[1], length=length)[0]
-
-    return jax.lax.while_loop(unfinished, chunk, (jnp.zeros((), jnp.int32), state))[1]
-
-
-def _finish(state: _State) -> Generation:
-    return Generation(state.tokens, state.lengths, state.logprobs)
-
-
-def _chooser(
-    keys: Array, sampling: SamplingConfig, starts: Array, max_new_tokens: int, stop_tokens: tuple[int, ...]
-) -> Callable[[_State, Array], _State]:
-    """(state, logits[B,V] of the next token) -> the state with it appended."""
-    stops = jnp.array(stop_tokens, jnp.int32)
-
-    def choose(state: _State, logits: Array) -> _State:
-        count = state.lengths - starts
-        allowed = penalized(logits, state.tokens, starts, state.lengths, sampling)
-        if stop_tokens:
-            too_early = (count < sampling.min_new_tokens)[:, None] & jnp.isin(jnp.arange(logits.shape[1]), stops)
-            allowed = jnp.where(too_early, -jnp.inf, allowed)
-        token = sample_tokens(allowed, keys, state.lengths, sampling)
-        rows = jnp.arange(token.shape[0])
-        logprob = jax.nn.log_softmax(logits.astype(jnp.float32))[rows, token]
-
-        def write(array: Array, column: Array, value: Array) -> Array:
-            # A finished row writes nothing: its column is out of range, and dropped.
-            return array.at[rows, jnp.where(state.done, array.shape[1], column)].set(value, mode="drop")
-
-        return state._replace(
-            tokens=write(state.tokens, state.lengths, token),
-            lengths=state.lengths + ~state.done,
-            done=state.done | jnp.isin(token, stops) | (count + 1 >= max_new_tokens),
-            logprobs=write(state.logprobs, count, logprob),
-        )
-
-    return choose
+def _choose(
+    logits: Array, state: State, in_text: Callable[[], tuple[Array, Array]], rows: Rows, top_logprobs: int
+) -> tuple[State, Drawn]:
+    """One new token of each row that is not done; `state.counts` are the caller's."""
+    logits = logits.astype(jnp.float32)
+    count = state.lengths - rows.starts
+    allowed = penalized(logits, in_text, rows.sampling)
+    size = logits.shape[1]
+    stops = jnp.where(rows.stop_tokens < 0, size, rows.stop_tokens)  # out of range: dropped
+    stops = jnp.zeros(size, bool).at[stops].set(True, mode="drop")
+    allowed = jnp.where((count < rows.sampling.min_new_tokens)[:, None] & stops, -jnp.inf, allowed)
+    token = sample_tokens(allowed, rows.keys, state.lengths, rows.sampling)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    likeliest, top_tokens = jax.lax.top_k(logits, top_logprobs)
+    new = Drawn(
+        tokens=token,
+        logprobs=(jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0],
+        top_tokens=top_tokens,
+        top_logprobs=likeliest - total,
+    )
+    lengths = state.lengths + ~state.done
+    done = state.done | jnp.isin(token, rows.stop_tokens) | (lengths >= rows.ends)
+    return state._replace(last=jnp.where(state.done, state.last, token), lengths=lengths, done=done), new
 
 
-def _at(logits: Float[Array, "B T V"], index: Int[Array, "B"]) -> Float[Array, "B V"]:
-    return jnp.take_along_axis(logits, index[:, None, None], axis=1)[:, 0]
+def _counts(counts: Int[Array, "B V"], tokens: Int[Array, "B T"], there: Bool[Array, "B T"]) -> Int[Array, "B V"]:
+    """With each of the tokens that are there added."""
+    row = jnp.arange(len(tokens))[:, None]
+    return counts.at[row, jnp.where(there, tokens, counts.shape[1])].add(1, mode="drop")

@@ -1,57 +1,127 @@
 """LanguageModel: a model with its tokenizer, as a notebook uses it."""
 
+import dataclasses
 import functools
-import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llm_jax import checkpoint, generate, model, pretrained
-from llm_jax.config import MAX_SEED, Config, ModelConfig, SampleConfig, check_sampling
+from llm_jax import checkpoint, decode_weights, decoding, generate, model, pretrained
+from llm_jax.config import (
+    CACHE_DTYPES,
+    MAX_SEED,
+    WEIGHTS,
+    Config,
+    ModelConfig,
+    SampleConfig,
+    check_sampling,
+    for_inference,
+)
+from llm_jax.continuation import Continuation
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import Tokenizer
 
+# Fields of generate.SamplingConfig that settings of `generate` become as they are.
+NUMERIC = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
-def load(path: str | Path, *, step: int | str = "best") -> "LanguageModel":
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray
+
+
+def load(
+    path: str | Path,
+    *,
+    step: int | str = "best",
+    dtype: str | None = None,
+    weights: str | None = None,
+    cache_dtype: str | None = None,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+) -> "LanguageModel":
     """Opens the model at `path`, the workdir of a run.
 
     Args:
         step: the checkpoint: "best" (by val_loss) | "last" | a number.
+        dtype: of parameters and computation, "float32" or "bfloat16"; None: as it was trained.
+        weights: "int8": `generate` multiplies by weights rounded to int8, each output's row with a scale of its own,
+            and rounds what it multiplies too; `logits` and `score` do as well. None: as they are.
+        cache_dtype: of keys and values of earlier tokens, "float32", "bfloat16" or "int8"; None: `dtype`.
+        rope_scaling, rope_factor: lets the model see that many times its block_size, by "linear", "ntk", "llama3" or
+            "yarn".
 
     Raises:
-        InputError: there is no run or no such checkpoint.
+        InputError: there is no run or no such checkpoint; a value that is not among these.
     """
-    return LanguageModel(*pretrained.load_run(os.path.expanduser(path), step=step))
+    for name, value, choices in (("weights", weights, WEIGHTS), ("cache_dtype", cache_dtype, CACHE_DTYPES)):
+        if value is not None and value not in choices:
+            raise InputError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
+    config, params, tokenizer = pretrained.load_run(os.path.expanduser(path), step=step)
+    config = for_inference(config, dtype=dtype, rope_scaling=rope_scaling, rope_factor=rope_factor)
+    params = jax.tree.map(lambda leaf: leaf.astype(config.model.param_dtype), params)
+    return LanguageModel(config, params, tokenizer, weights=weights, cache_dtype=cache_dtype)
+
+
+class Sample(NamedTuple):
+    """One continuation of `generate_detailed`."""
+
+    text: str  # as `generate` returns it
+    tokens: list[int]  # of the continuation, the one included that ended it
+    logprobs: list[float]  # of each, by the unmodified model (temperature 1, no mask), in nats
+    top_logprobs: list[dict[int, float]]  # of each, {likely token: its log-probability}
+    stop_reason: str  # "length" | "stop_token" | "stop_string"
 
 
 class LanguageModel:
-    """Parameters, their config, and the tokenizer that they were trained with."""
+    """Parameters, their config, and the tokenizer they were trained with; `weights`, `cache_dtype` as in `load`."""
 
-    def __init__(self, config: Config, params: model.Params, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        params: model.Params,
+        tokenizer: Tokenizer,
+        *,
+        weights: str | None = None,
+        cache_dtype: str | None = None,
+    ) -> None:
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
+        self.weights = weights
+        self.cache_dtype = cache_dtype
+        self._laid_out: tuple[model.Params, model.Params] | None = None
 
     def logits(self, tokens: Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray) -> Float[Array, "B T V"]:
         """Scores of every next token, float32; column t predicts token t + 1."""
         tokens = self._checked_tokens(tokens)
-        cfg = self.config.model
-        if not cfg.use_rope and tokens.shape[1] > cfg.block_size:
-            raise InputError(
-                f"{tokens.shape[1]} tokens are more than this model's {cfg.block_size} learned positions; give fewer"
-            )
-        return _logits(cfg, self.params, jnp.asarray(tokens))
+        self._check_positions(tokens.shape[1])
+        return _logits(self.config.model, self._inference_params(), jnp.asarray(tokens))
+
+    def score(self, text: str | Sequence[int]) -> Float[np.ndarray, "n"]:
+        """The log-probability, in nats, of each token of a text but the first, given those before it.
+
+        The tokens are those that `generate` would start from (`encode_prompt`, with BOS where the model wants it), or
+        the given ids. Their sum is the log-probability of the text after its first token.
+
+        Raises:
+            InputError: a text of no token, ids outside the vocabulary, more tokens than there are learned positions.
+        """
+        ids = self.encode_prompt(text) if isinstance(text, str) else self._checked_tokens([text])[0]
+        self._check_positions(len(ids))
+        tokens = np.zeros(decoding.bucket(len(ids)), np.int32)
+        tokens[: len(ids)] = ids
+        if not self.config.model.use_rope:
+            tokens = tokens[: self.config.model.block_size]
+        return np.asarray(_score(self.config.model, self._inference_params(), tokens))[: len(ids) - 1]
 
     def generate(
         self,
-        context: str | Sequence[str] | Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray,
+        context: Prompts,
         *,
         max_new_tokens: int = SampleConfig.max_new_tokens,
         temperature: float = SampleConfig.temperature,
@@ -64,13 +134,15 @@ class LanguageModel:
         logit_bias: Mapping[int, float] | None = None,
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
         min_new_tokens: int = SampleConfig.min_new_tokens,
         long_prompt: str = "keep_tail",
     ) -> str | list[str] | np.ndarray:
         """The context with its continuation: a text for a text, a list for a list, int32 [B, T + new] for [B, T].
 
-        A prompt's text depends on the prompt and the seed alone, not on the rest of its list. Returned text
-        holds no special token; a token row is padded with the stop token that ended it.
+        A prompt's text depends on the prompt and the seed alone, not on the rest of its list: exactly so in float32;
+        in bfloat16 two tokens that are nearly as likely can change places with the size of the list. Returned text
+        holds no special token; a token row is padded with the token that ended it.
 
         Args:
             temperature: 0 is greedy.
@@ -82,7 +154,8 @@ class LanguageModel:
                 holds already, once and for each time.
             logit_bias: token -> what is added to its logit; -inf forbids it.
             stop_tokens: ids that end a row; None: the tokenizer's end of text, (): none.
-            min_new_tokens: as many tokens come before a stop token may.
+            stop_strings: texts that end a row, which is cut before the first of them in its continuation.
+            min_new_tokens: as many tokens come before a stop token may; stop strings are not held up.
             long_prompt: what becomes of a prompt longer than block_size. "keep_tail": the model sees its
                 tail (with rope: all of it, through a window of block_size). "error": InputError.
 
@@ -90,7 +163,8 @@ class LanguageModel:
             InputError: a value outside its range, a token outside the vocabulary, an empty prompt for a
                 tokenizer without a beginning-of-text token.
         """
-        request = dict(
+        rows = self._generate(
+            context,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -102,26 +176,49 @@ class LanguageModel:
             logit_bias=logit_bias,
             seed=seed,
             stop_tokens=stop_tokens,
+            stop_strings=stop_strings,
             min_new_tokens=min_new_tokens,
             long_prompt=long_prompt,
         )
         if isinstance(context, str):
-            return self._continue_texts([context], [0], **request)[0]
-        if isinstance(context, list | tuple) and all(isinstance(text, str) for text in context):
-            return self._continue_texts(list(context), [0] * len(context), **request)
-        rows = self._checked_tokens(context)
-        continued = self._continue(rows.tolist(), [0] * len(rows), **request)
-        out = np.zeros((rows.shape[0], rows.shape[1] + max_new_tokens), np.int32)
-        for i, (row, new) in enumerate(zip(rows, continued, strict=True)):
-            padding = [new[-1]] * (max_new_tokens - len(new)) if new else []
-            out[i] = [*row, *new, *padding]
+            return rows[0].text
+        if _is_texts(context):
+            return [row.text for row in rows]
+        out = np.zeros((len(rows), self._checked_tokens(context).shape[1] + max_new_tokens), np.int32)
+        for i, row in enumerate(rows):
+            padding = out.shape[1] - len(row.prompt) - len(row.tokens)
+            out[i] = [*row.prompt, *row.tokens, *row.tokens[-1:] * padding]
         return out
 
-    def samples(self, prompt: str, *, num_samples: int, **request: Any) -> list[str]:
-        """`num_samples` continuations of one prompt, the first as `generate` makes it; the same arguments."""
-        parameters = inspect.signature(self.generate).parameters.values()
-        request = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | request
-        return self._continue_texts([prompt] * num_samples, range(num_samples), **request)
+    def generate_detailed(
+        self, context: Prompts, *, num_samples: int = 1, top_logprobs: int = 0, **settings: Any
+    ) -> list[Sample]:
+        """`num_samples` continuations of each prompt, all of the first prompt's before the second's, with details.
+
+        The first of a prompt is what `generate` makes of it. The prompt is read once for all of them.
+
+        Args:
+            top_logprobs: how many of the likeliest tokens are told with each token.
+            settings: of `generate`.
+        """
+        if num_samples < 1:
+            raise InputError(f"num_samples ({num_samples}) must be 1 or more")
+        vocab_size = self.config.model.vocab_size
+        if not 0 <= top_logprobs <= vocab_size:
+            raise InputError(f"top_logprobs ({top_logprobs}) must be at least 0 and at most {vocab_size}")
+        rows = self._generate(context, num_samples=num_samples, top_logprobs=top_logprobs, **settings)
+        return [Sample(row.text, row.tokens, row.logprobs, row.top_logprobs, row.stop_reason) for row in rows]
+
+    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+        """The continuation that `generate` makes of the prompt, in pieces of whole characters as they come.
+
+        The first is there as soon as the first token is. Settings of `generate`; a wrong one is an error here, not at
+        the first piece.
+        """
+        if not isinstance(prompt, str):
+            raise InputError(f"a stream continues one text, got {type(prompt).__name__}")
+        rows, pieces = self._start(prompt, **settings)
+        return (piece for [piece] in pieces if piece)
 
     def save(self, path: str | Path) -> None:
         """Writes a run's folder that `load` opens: config.json, tokenizer.json and one checkpoint.
@@ -136,79 +233,126 @@ class LanguageModel:
             checkpoint.save(manager, 0, {"params": self.params}, val_loss=None)
         pretrained.write_run(path, self.config, self.tokenizer)
 
-    def _continue_texts(self, texts: Sequence[str], numbers: Sequence[int], **request: Any) -> list[str]:
-        prompts = [self.encode_prompt(text) for text in texts]
-        continued = self._continue(prompts, numbers, **request)
-        return [
-            _join(text, self.tokenizer.decode(prompt), self.tokenizer.decode(prompt + new))
-            for text, prompt, new in zip(texts, prompts, continued, strict=True)
-        ]
+    def _generate(self, context: Any, **settings: Any) -> "list[_Row]":
+        rows, pieces = self._start(context, **settings)
+        for _ in pieces:
+            pass
+        return rows
 
-    def _continue(
+    def _start(
         self,
-        prompts: Sequence[list[int]],
-        numbers: Sequence[int],
+        context: Any,
         *,
-        max_new_tokens: int,
-        top_k: int | None,
-        top_p: float | None,
-        logit_bias: Mapping[int, float] | None,
-        seed: int,
-        stop_tokens: Sequence[int] | None,
-        min_new_tokens: int,
-        long_prompt: str,
+        num_samples: int = 1,
+        top_logprobs: int = 0,
+        max_new_tokens: int = SampleConfig.max_new_tokens,
+        top_k: int | None = SampleConfig.top_k,
+        top_p: float | None = SampleConfig.top_p,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int = 0,
+        stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        min_new_tokens: int = SampleConfig.min_new_tokens,
+        long_prompt: str = "keep_tail",
         **numeric: float,
-    ) -> list[list[int]]:
-        """The new tokens of each prompt, the stop token included; `numbers` tells equal prompts' keys apart.
+    ) -> "tuple[list[_Row], Iterator[list[str]]]":
+        """Rows to be, and the pieces of text that each call adds to them; all is checked here.
 
         `numeric` are the fields of `generate.SamplingConfig` that go there as they are.
         """
+        numeric = {name: getattr(SampleConfig, name) for name in NUMERIC} | numeric
         check_sampling(
             max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens, **numeric
         )
         bias = self._dense_bias(logit_bias or {})
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed ({seed}) must be at least 0 and at most {MAX_SEED}")
-        cfg = self.config.model
-        longest = max((len(prompt) for prompt in prompts), default=0)
+        if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
+            raise InputError(f"stop_strings ({stop_strings!r}) must be texts of at least one character, in a list")
+        if stop_tokens is None:
+            stop_tokens = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        elif not all(0 <= token < self.config.model.vocab_size for token in stop_tokens):
+            raise InputError(
+                f"stop_tokens ({[*stop_tokens]}) must be in the vocabulary (0 to {self.config.model.vocab_size - 1})"
+            )
         if long_prompt not in ("keep_tail", "error"):
             raise InputError(f"long_prompt ({long_prompt!r}) must be 'keep_tail' or 'error'")
+        texts, prompts = self._prompts(context)
+        cfg = self.config.model
+        longest = max((len(prompt) for prompt in prompts), default=0)
         if long_prompt == "error" and longest > cfg.block_size:
             raise InputError(
                 f"a prompt of {longest} tokens is longer than block_size ({cfg.block_size}); shorten it, or "
                 "long_prompt='keep_tail' lets the model see its tail"
             )
-        if not prompts or max_new_tokens == 0:
-            return [[] for _ in prompts]
-        if stop_tokens is None:
-            stop_tokens = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-        # A power of two, so that prompts of about the same length share one compiled program.
-        width = max(16, 1 << (longest - 1).bit_length())
-        tokens = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        everywhere = functools.partial(np.full, len(prompts))
-        out = _generate(
-            cfg,
-            self.params,
-            tokens,
-            lengths,
-            jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(numbers)),
-            generate.SamplingConfig(
+        count = len(prompts) * num_samples
+        everywhere = functools.partial(np.full, count)
+        request = decoding.Request(
+            prompts=prompts,
+            numbers=[*range(num_samples)] * len(prompts),
+            sampling=generate.SamplingConfig(
                 top_k=everywhere(min(top_k or cfg.vocab_size, cfg.vocab_size), np.int32),
                 top_p=everywhere(1.0 if top_p is None else top_p, np.float32),
-                logit_bias=np.broadcast_to(bias, (len(prompts), cfg.vocab_size)),
+                logit_bias=np.broadcast_to(bias, (count, cfg.vocab_size)),
                 min_new_tokens=everywhere(min_new_tokens, np.int32),
                 **{name: everywhere(value, np.float32) for name, value in numeric.items()},
             ),
+            seed=seed,
             max_new_tokens=max_new_tokens,
-            slide=not cfg.use_rope and longest + max_new_tokens > cfg.block_size,
-            num_ids=min(self.tokenizer.vocab_size, cfg.vocab_size),
-            stop_tokens=tuple(int(token) for token in stop_tokens),
+            stop_tokens=[int(token) for token in stop_tokens],
+            num_samples=num_samples,
+            top_logprobs=top_logprobs,
         )
-        rows, ends = np.asarray(out.tokens), np.asarray(out.lengths)
-        return [row[start:end].tolist() for row, start, end in zip(rows, lengths, ends, strict=True)]
+        rows = [
+            _Row(prompt, text, Continuation(self.tokenizer, prompt, stop_strings))
+            for text, prompt in zip(texts, prompts, strict=True)
+            for _ in range(num_samples)
+        ]
+        slides = not cfg.use_rope and longest + max_new_tokens > cfg.block_size
+        return rows, self._pieces(rows, request, slides=slides)
+
+    def _pieces(self, rows: "list[_Row]", request: decoding.Request, *, slides: bool) -> Iterator[list[str]]:
+        if not rows or request.max_new_tokens == 0:
+            return
+        cfg = self.config.model
+        num_ids = min(self.tokenizer.vocab_size, cfg.vocab_size)
+        program = decoding.Program(cfg, num_ids, cache_dtype=self.cache_dtype, slides=slides)
+        for new in decoding.run(program, self._decode_params(), request):
+            yield [row.add(each, request.stop_tokens) for row, each in zip(rows, new, strict=True)]
+            request.stopped[:] = [row.continuation.is_stopped for row in rows]
+        yield [row.finish() for row in rows]
+
+    def _prompts(self, context: Any) -> tuple[list[str], list[list[int]]]:
+        """The text and the ids of each prompt; of a row of ids the text is what it stands for."""
+        if isinstance(context, str):
+            return [context], [self.encode_prompt(context)]
+        if not _is_texts(context):
+            prompts = self._checked_tokens(context).tolist()
+            return [self.tokenizer.decode(prompt) for prompt in prompts], prompts
+        prompts = []
+        for i, text in enumerate(context):
+            try:
+                prompts.append(self.encode_prompt(text))
+            except InputError as error:
+                raise InputError(f"prompt {i} of {len(context)}: {error}") from None
+        return list(context), prompts
+
+    def _decode_params(self) -> model.Params:
+        if self._laid_out is None or self._laid_out[0] is not self.params:
+            laid_out = decode_weights.lay_out(self.config.model, self.params, int8=self.weights == "int8")
+            self._laid_out = self.params, laid_out
+        return self._laid_out[1]
+
+    def _inference_params(self) -> model.Params:
+        """What `logits` and `score` multiply by: rounded weights where `generate` does."""
+        return self.params if self.weights is None else self._decode_params()
+
+    def _check_positions(self, length: int) -> None:
+        cfg = self.config.model
+        if not cfg.use_rope and length > cfg.block_size:
+            raise InputError(
+                f"{length} tokens are more than this model's {cfg.block_size} learned positions; give fewer"
+            )
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids that `generate` continues, BOS included where the tokenizer says so."""
@@ -250,42 +394,57 @@ class LanguageModel:
         return tokens.astype(np.int32)
 
 
-def _join(text: str, prompt: str, whole: str) -> str:
-    """The text and what follows it. Decoded together, since a character's bytes may lie on both sides;
-    the text itself stays as it was given where a tokenizer does not give it back exactly."""
-    return text + whole.removeprefix(prompt)
+@dataclasses.dataclass
+class _Row:
+    """One row of `_start`, as it grows."""
+
+    prompt: list[int]
+    text: str  # the prompt's, as it was given: a tokenizer may not give it back exactly
+    continuation: Continuation
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    stop_reason: str = "length"
+
+    def add(self, new: decoding.NewTokens, stop_tokens: Sequence[int]) -> str:
+        piece = self.continuation.add(new.tokens)
+        count = self.continuation.num_tokens - len(self.tokens)
+        for field, values in zip(new._fields, new, strict=True):
+            getattr(self, field).extend(values[:count])
+        if self.continuation.is_stopped:
+            self.stop_reason = "stop_string"
+        elif self.tokens[-1] in stop_tokens:
+            self.stop_reason = "stop_token"
+        self.text += piece
+        return piece
+
+    def finish(self) -> str:
+        piece = self.continuation.finish()
+        if self.continuation.is_stopped:
+            self.stop_reason = "stop_string"
+        self.text += piece
+        return piece
+
+
+def _is_texts(context: Any) -> bool:
+    return isinstance(context, list | tuple) and all(isinstance(text, str) for text in context)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(cfg: ModelConfig, params: model.Params, tokens: Array) -> Array:
+def _logits(cfg: ModelConfig, params: model.Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     return model.Transformer(cfg).apply({"params": params}, tokens)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "slide", "num_ids", "stop_tokens"))
-def _generate(
-    cfg: ModelConfig,
-    params: model.Params,
-    tokens: Array,
-    lengths: Array,
-    keys: Array,
-    sampling: generate.SamplingConfig,
-    *,
-    max_new_tokens: int,
-    slide: bool,
-    num_ids: int,
-    stop_tokens: tuple[int, ...],
-) -> generate.Generation:
-    def apply_fn(params: model.Params, tokens: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
-        logits, cache = model.Transformer(cfg).apply({"params": params}, tokens, positions, cache)
-        # Ids that only pad the vocabulary stand for no text.
-        return jnp.where(jnp.arange(cfg.vocab_size) < num_ids, logits, -jnp.inf), cache
+SCORED = 128  # positions whose logits are held at a time
 
-    # Once, before the loop: inside it each token would slice every layer out of the stack again.
-    params = {**params, "blocks": model.split_layers(params["blocks"], cfg.n_layer)}
-    request = dict(max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
-    if slide:
-        return generate.generate_uncached(
-            apply_fn, params, tokens, lengths, keys, sampling, context=cfg.block_size, **request
-        )
-    init_cache = functools.partial(model.init_cache, cfg)
-    return generate.generate(apply_fn, params, tokens, lengths, keys, sampling, init_cache=init_cache, **request)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(cfg: ModelConfig, params: model.Params, tokens: Int[Array, "T"]) -> Float[Array, "T-1"]:
+    hidden, output, _ = model.Transformer(cfg).apply({"params": params}, tokens[None], method="hidden")
+
+    def logprob(position: tuple[Array, Array]) -> Array:
+        hidden, target = position
+        logits = model.output_logits(cfg, hidden[None, None], output)[0, 0]
+        return logits[target] - jax.nn.logsumexp(logits)
+
+    return jax.lax.map(logprob, (hidden[0, :-1], tokens[1:]), batch_size=SCORED)

@@ -7,12 +7,13 @@ an unrolled loop, does not change them.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -52,7 +53,10 @@ AXES = {
 }
 
 Params = dict[str, Any]  # {"embed", "blocks", "final_norm", "lm_head"?}; every leaf of blocks starts with L
-Cache = tuple[ops.LayerCache, ...]  # one per layer
+
+
+LayerCache = ops.EmptyCache | ops.LayerCache | ops.TwoLevelCache
+Cache = tuple[LayerCache, ...]  # one per layer
 
 
 def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
@@ -68,12 +72,20 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
-def _declare(module: nn.Module, name: str, init: nn.initializers.Initializer) -> Array:
-    """Declares a parameter with the shape that AXES gives it, and returns it in the compute dtype."""
+def _declare(module: nn.Module, name: str, init: nn.initializers.Initializer) -> Array | ops.DecodeWeight:
+    """Declares a parameter with the shape that AXES gives it, and returns it in the compute dtype.
+
+    A `DecodeWeight` in its place (decode_weights.py) is returned as it is.
+    """
     cfg = module.cfg
-    sizes = axis_sizes(cfg)
-    shape = tuple(sizes[axis] for axis in AXES[f"{module.name}/{name}"])
-    return module.param(name, init, shape, cfg.param_dtype).astype(cfg.compute_dtype)
+    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), ops.DecodeWeight):
+        return module.get_variable("params", name)
+    return module.param(name, init, _shape(module, name), cfg.param_dtype).astype(cfg.compute_dtype)
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    sizes = axis_sizes(module.cfg)
+    return tuple(sizes[axis] for axis in AXES[f"{module.name}/{name}"])
 
 
 # GPT-2's: every matrix 0.02, the two that write to the residual stream smaller by the root of their number.
@@ -124,24 +136,29 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], cache: ops.LayerCache | None
-    ) -> tuple[Float[Array, "B T D"], ops.LayerCache | None]:
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
-        q, k, v = (_project(self, x, name, _MATRIX) for name in ("q", "k", "v"))
+        q, k, v = _project(self, x, "q", "k", "v", init=_MATRIX)
         if cfg.qk_norm:
             q, k = norm(cfg, "q_norm")(q), norm(cfg, "k_norm")(k)
         if cfg.use_rope:
             with jax.ensure_compile_time_eval():
                 inv_freq, scale = ops.rope_frequencies(cfg.head_dim, cfg.rope_theta, _rope_scaling(cfg))
             q, k = (ops.rope(heads, positions, inv_freq, scale=scale) for heads in (q, k))
-        if cache is None:
+        if cache is None or isinstance(cache, ops.EmptyCache):
             # A window no shorter than the text is no window, and lets attention take its fastest path.
             window = self.window if self.window < x.shape[1] else None
             out = _attend(self.mesh, q, k, v, window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
+            if cache is not None:
+                cache = ops.fill_cache(cache, k, v, jnp.max(positions, axis=1) + 1)
         else:
-            cache, k, v, mask = ops.update_layer_cache(cache, k, v, positions, window=self.window)
-            out = ops.masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, softcap=cfg.attn_softcap)
-        return _project(self, out, "o", _residual_matrix(cfg), inputs=2), cache
+            is_ring = isinstance(cache, ops.LayerCache)
+            levels = ops.split_cache(cache, positions[:, 0], slots=x.shape[1]) if is_ring else cache
+            levels, masks = ops.update_cache(levels, k, v, positions, window=self.window)
+            out = ops.cached_attention(q, [levels.ring, levels.recent], masks, softcap=cfg.attn_softcap)
+            cache = ops.merge_cache(levels, jnp.max(positions, axis=1) + 1) if is_ring else levels
+        return _project(self, out, "o", init=_residual_matrix(cfg), inputs=2)[0], cache
 
 
 def _attend(mesh: jax.sharding.Mesh | None, q: Array, k: Array, v: Array, **how: Any) -> Array:
@@ -159,15 +176,38 @@ _PRODUCT = "product"  # what remat="dots" keeps: products with weights, not thos
 
 
 def _project(
-    module: nn.Module, x: Array, name: str, init: nn.initializers.Initializer, *, inputs: int = 1
-) -> Array:
-    """x times the parameter `name`, over its first `inputs` axes, which are the last of x; plus its bias."""
-    weight = _declare(module, name, init)
-    lead, outputs = x.shape[: x.ndim - inputs], weight.shape[inputs:]
-    matrix = weight.reshape(-1, math.prod(outputs))
-    y = ops.linear(x.reshape(*lead, len(matrix)), matrix).reshape(*lead, *outputs)
-    y = checkpoint_name(y, _PRODUCT)
-    return y + _declare(module, f"{name}_bias", nn.initializers.zeros) if module.cfg.use_bias else y
+    module: nn.Module, x: Array, *names: str, init: nn.initializers.Initializer, inputs: int = 1
+) -> list[Array]:
+    """x times each parameter of `names`, over its first `inputs` axes, which are the last of x; plus its bias.
+
+    Where decode_weights.py has joined the parameters, as one product.
+    """
+    lead = x.shape[: x.ndim - inputs]
+    rows = x.reshape(*lead, -1)
+    shapes = [_shape(module, name)[inputs:] for name in names]
+    widths = [math.prod(shape) for shape in shapes]
+    if module.has_variable("params", joined(names)):
+        matrix = module.get_variable("params", joined(names))
+        ends = np.cumsum(widths)[:-1]
+        products = jnp.split(ops.decode_linear(rows, matrix).astype(module.cfg.compute_dtype), ends, axis=-1)
+    else:
+        products = [
+            ops.linear(rows, _declare(module, name, init).reshape(-1, width))
+            for name, width in zip(names, widths, strict=True)
+        ]
+    products = [
+        checkpoint_name(product.reshape(*lead, *shape), _PRODUCT)
+        for product, shape in zip(products, shapes, strict=True)
+    ]
+    if not module.cfg.use_bias:
+        return products
+    zeros = nn.initializers.zeros
+    return [y + _declare(module, f"{name}_bias", zeros) for y, name in zip(products, names, strict=True)]
+
+
+def joined(names: Sequence[str]) -> str:
+    """What parameters that decoding multiplies by at once are called: it has no other of that name."""
+    return "decode_" + "_".join(names)
 
 
 def _rope_scaling(cfg: ModelConfig) -> ops.RopeScaling | None:
@@ -209,13 +249,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         activation, gated = MLPS[self.cfg.mlp]
-        hidden = _project(self, x, "up", _MATRIX)
         if gated:
-            gate = _project(self, x, "gate", _MATRIX)
-            hidden = _recomputed(self.cfg, lambda gate, up: activation(gate) * up)(gate, hidden)
+            gate, up = _project(self, x, "gate", "up", init=_MATRIX)
+            hidden = _recomputed(self.cfg, lambda gate, up: activation(gate) * up)(gate, up)
         else:
-            hidden = _recomputed(self.cfg, activation)(hidden)
-        return _project(self, hidden, "down", _residual_matrix(self.cfg))
+            hidden = _recomputed(self.cfg, activation)(_project(self, x, "up", init=_MATRIX)[0])
+        return _project(self, hidden, "down", init=_residual_matrix(self.cfg))[0]
 
 
 class Block(nn.Module):
@@ -230,9 +269,9 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "#B T"],
-        cache: ops.LayerCache | None = None,
+        cache: LayerCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], ops.LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
         attention = Attention(cfg, self.window, self.mesh, name="attn")
@@ -250,7 +289,10 @@ class Embed(nn.Module):
             self.positions = _declare(self, "positions", _MATRIX)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
-        x = self.tokens[tokens]
+        if isinstance(self.tokens, ops.DecodeWeight):
+            x = ops.decode_embed(tokens, self.tokens).astype(self.cfg.compute_dtype)
+        else:
+            x = self.tokens[tokens]
         return x if self.cfg.use_rope else x + self.positions[positions]
 
 
@@ -260,7 +302,7 @@ class Head(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
+    def __call__(self) -> Float[Array, "V D"] | ops.DecodeWeight:
         return _declare(self, "weight", _MATRIX)
 
 
@@ -278,7 +320,8 @@ class Transformer(nn.Module):
     Args of a call:
         tokens: ids below vocab_size.
         positions: of each token in its own text; None: 0..T-1. Negative: padding, which a cache ignores.
-        cache: from `init_cache`; then keys and values are added to it and the new cache is returned.
+        cache: from `init_cache`, for a prompt that is padded on the right, or what an earlier call returned, for
+            the tokens that follow; keys and values are added to it, and the new cache is returned.
         deterministic: False drops activations out, with the "dropout" rng.
     """
 
@@ -294,10 +337,7 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T V"], Cache | None]:
         hidden, output, cache = self.hidden(tokens, positions, cache, deterministic=deterministic)
-        logits = ops.einsum_f32("btd,vd->btv", hidden, output)
-        if self.cfg.final_softcap is not None:
-            logits = self.cfg.final_softcap * jnp.tanh(logits / self.cfg.final_softcap)
-        return logits, cache
+        return output_logits(self.cfg, hidden, output), cache
 
     @nn.compact
     def hidden(
@@ -307,7 +347,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         *,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"] | ops.DecodeWeight, Cache | None]:
         """(x after the final norm, the matrix W of logits = final_softcap(x W^T), cache)."""
         cfg = self.cfg
         if positions is None:
@@ -329,6 +369,17 @@ class Transformer(nn.Module):
         x, cache = _run_blocks(cfg, self.mesh, blocks, x, positions, cache, dropout_key)
         x = norm(cfg, "final_norm")(x)
         return x, embed.tokens if cfg.tie_embeddings else Head(cfg, name="lm_head")(), cache
+
+
+def output_logits(
+    cfg: ModelConfig, hidden: Float[Array, "B T D"], output: Float[Array, "V D"] | ops.DecodeWeight
+) -> Float[Array, "B T V"]:
+    """The float32 logits of what `Transformer.hidden` returns."""
+    if isinstance(output, ops.DecodeWeight):
+        logits = ops.decode_linear(hidden, output)
+    else:
+        logits = ops.einsum_f32("btd,vd->btv", hidden, output)
+    return logits if cfg.final_softcap is None else cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
 
 
 def for_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
@@ -392,7 +443,9 @@ def _run_blocks(
         return x, None
 
     if isinstance(blocks, tuple):
-        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        for layer, params in enumerate(blocks):
+            x, _ = block(windows[layer % len(windows)], params, layer, x)
+        return x, None
     by_period = jax.tree.map(lambda leaf: leaf.reshape(-1, len(windows), *leaf.shape[1:]), (blocks, layers))
     n_periods = cfg.n_layer // len(windows)
     x, _ = jax.lax.scan(period, x, by_period, unroll=n_periods if cfg.layer_execution == "unrolled" else 1)
@@ -409,15 +462,33 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
     return Transformer(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
-    """Empty keys and values for `length` tokens a row, per layer no longer than its window."""
+def init_cache(cfg: ModelConfig, batch: int, length: int, *, dtype: Any = None, ahead: int = 0) -> Cache:
+    """An empty cache for `length` tokens a row, per layer no longer than its window.
+
+    Args:
+        dtype: of keys and values, int8 included; None: compute_dtype.
+        ahead: how many tokens may be taken back: a windowed layer has as many more slots, so that what they pushed
+            out of the ring is not missed.
+    """
     windows = layer_windows(cfg)
-    return tuple(
-        ops.init_layer_cache(
-            batch, min(length, windows[layer % len(windows)]), cfg.n_kv_head, cfg.head_dim, cfg.compute_dtype
-        )
-        for layer in range(cfg.n_layer)
-    )
+    slots = [min(length, windows[layer % len(windows)] + ahead) for layer in range(cfg.n_layer)]
+    dtype = cfg.compute_dtype if dtype is None else dtype
+    return tuple(ops.EmptyCache(batch, each, cfg.n_kv_head, cfg.head_dim, dtype) for each in slots)
+
+
+def grow_cache(cache: Cache, empty: Cache, *, pad: Callable[..., Array] = jnp.pad) -> Cache:
+    """The cache with as many slots as the empty one."""
+    return tuple(ops.grow_cache(ring, like.length, pad=pad) for ring, like in zip(cache, empty, strict=True))
+
+
+def split_cache(cache: Cache, lengths: Int[Array, "B"], *, slots: int) -> Cache:
+    """A cache that holds `lengths` tokens a row, for a loop that adds up to `slots` more; then `merge_cache`."""
+    return tuple(ops.split_cache(ring, lengths, slots=slots) for ring in cache)
+
+
+def merge_cache(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
+    """The rings with all tokens of a `split_cache` in them, `lengths` by now."""
+    return tuple(ops.merge_cache(layer, lengths) for layer in cache)
 
 
 def param_shapes(cfg: ModelConfig) -> Params:

@@ -68,15 +68,15 @@ def main() -> None:
 
     keep_compiled_programs(cache_folder())
     language_model = load(_WORKDIR.value, step=_STEP.value)
-    texts = language_model.samples(
+    samples = language_model.generate_detailed(
         _PROMPT.value,
         num_samples=_NUM_SAMPLES.value,
         seed=_SEED.value,
         long_prompt=_LONG_PROMPT.value,
         **request,
     )
-    for text in texts:
-        print(json.dumps(text) if _JSON.value else text, flush=True)
+    for sample in samples:
+        print(json.dumps(sample.text) if _JSON.value else sample.text, flush=True)
 
 
 if __name__ == "__main__":

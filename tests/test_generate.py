@@ -47,9 +47,21 @@ def cached(cfg, params, tokens, lengths, keys, how, **request):
     return generate.generate(apply_fn(cfg), params, tokens, lengths, keys, how, init_cache=init_cache, **request)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "stop_tokens", "pad_token"))
+def two_level(cfg, params, tokens, lengths, keys, how, **request):
+    """`cached`, with the latest tokens apart from the ring."""
+    caches = dict(
+        init_cache=functools.partial(model.init_cache, cfg),
+        split_cache=functools.partial(model.split_cache, slots=generate.CHUNK),
+        merge_cache=model.merge_cache,
+    )
+    return generate.generate(apply_fn(cfg), params, tokens, lengths, keys, how, **caches, **request)
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "context", "stop_tokens"))
-def uncached(cfg, params, tokens, lengths, keys, how, **request):
-    return generate.generate_uncached(apply_fn(cfg), params, tokens, lengths, keys, how, **request)
+def uncached(cfg, params, tokens, lengths, keys, how, *, context, **request):
+    apply, init_cache = generate.uncached(apply_fn(cfg), context)
+    return generate.generate(apply, params, tokens, lengths, keys, how, init_cache=init_cache, **request)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,6 +89,7 @@ def test_cached_decoding_equals_a_full_forward_for_every_token(use_rope, use_rms
     inputs = (params, prompt(4, 6), lengths, KEYS(jnp.arange(4)), sampling(GREEDY, SAMPLED, MASKED, GREEDY))
     fast = cached(cfg, *inputs, max_new_tokens=16)
     assert_same(fast, uncached(cfg, *inputs, max_new_tokens=16, context=24))
+    assert_same(fast, two_level(cfg, *inputs, max_new_tokens=16))
     assert fast.tokens.shape == (4, 22) and fast.tokens.dtype == jnp.int32
     np.testing.assert_array_equal(fast.lengths, lengths + 16)
     # Not by our sampling code: the greedy row by argmax of one forward over what came out.
@@ -98,10 +111,9 @@ def test_cached_decoding_equals_a_full_forward_for_every_token(use_rope, use_rms
 def test_cached_decoding_knows_windows_caps_and_scaling(values):
     cfg = make(**values)
     inputs = (random_params(cfg), prompt(2, 7), jnp.array([7, 2]), KEYS(jnp.arange(2)), sampling(GREEDY, SAMPLED))
-    assert_same(
-        cached(cfg, *inputs, max_new_tokens=12),
-        uncached(cfg, *inputs, max_new_tokens=12, context=24),
-    )
+    expected = uncached(cfg, *inputs, max_new_tokens=12, context=24)
+    assert_same(cached(cfg, *inputs, max_new_tokens=12), expected)
+    assert_same(two_level(cfg, *inputs, max_new_tokens=12), expected)
 
 
 def test_logprobs_are_the_unmodified_models():
@@ -123,6 +135,7 @@ def test_past_block_size_rope_continues_as_a_forward_over_the_whole_text_in_a_wi
     inputs = (params, prompt(3, 12), jnp.array([2, 7, 12]), KEYS(jnp.arange(3)), sampling(SAMPLED, GREEDY, MASKED))
     fast = cached(short, *inputs, max_new_tokens=20)
     assert_same(fast, uncached(short, *inputs, max_new_tokens=20, context=32))
+    assert_same(fast, two_level(short, *inputs, max_new_tokens=20))
     if not values:
         assert_same(fast, uncached(both, *inputs, max_new_tokens=20, context=32))
 

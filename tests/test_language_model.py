@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import language_model, model
+from llm_jax import decoding, model
 from llm_jax.config import freeze
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
@@ -127,14 +127,6 @@ def test_the_prompt_begins_the_text_whatever_it_is(lm, bpe, seed):
             assert text.startswith(prompt) and text != prompt
 
 
-def test_new_bytes_of_one_character_are_decoded_together(lm):
-    """A continuation that begins inside a character: decoded alone, its bytes would be U+FFFD."""
-    join = language_model._join
-    ids = "☕".encode()
-    decode = lm.tokenizer.decode
-    assert join("a", decode(b"a"), decode(b"a" + ids)) == "a☕"
-
-
 # -- Randomness
 
 
@@ -157,10 +149,10 @@ def test_a_text_does_not_depend_on_its_neighbours(lm):
 
 
 def test_samples_differ_and_the_first_is_generates(lm):
-    samples = lm.samples("the ", num_samples=2, max_new_tokens=12, seed=5)
-    assert samples[0] != samples[1]
-    assert samples[0] == lm.generate("the ", max_new_tokens=12, seed=5)
-    assert samples[:1] == lm.samples("the ", num_samples=1, max_new_tokens=12, seed=5)
+    samples = lm.generate_detailed("the ", num_samples=2, max_new_tokens=12, seed=5)
+    assert samples[0].text != samples[1].text
+    assert samples[0].text == lm.generate("the ", max_new_tokens=12, seed=5)
+    assert samples[0].tokens == lm.generate_detailed("the ", num_samples=1, max_new_tokens=12, seed=5)[0].tokens
 
 
 def test_sampling_arguments_act(lm):
@@ -184,14 +176,149 @@ def test_sampling_arguments_act(lm):
     assert greedy != lm.generate("the ", max_new_tokens=12, temperature=0.0, repetition_penalty=1e4)
 
 
-def test_another_value_or_a_prompt_of_about_the_same_length_compiles_nothing(lm):
-    lm.generate("the ", max_new_tokens=12)
-    programs = language_model._generate._cache_size()
-    lm.generate("the cat sees", max_new_tokens=12, temperature=0.3, top_k=4, top_p=0.5, seed=8, presence_penalty=1.0)
-    lm.generate("a", max_new_tokens=12, temperature=0.0)
-    assert language_model._generate._cache_size() == programs
-    lm.generate("a", max_new_tokens=2)
-    assert language_model._generate._cache_size() == programs + 1
+# -- Details, pieces, scores
+
+
+def test_details_are_of_what_generate_makes(lm):
+    request = dict(max_new_tokens=30, seed=3)
+    [sample] = lm.generate_detailed("the ", top_logprobs=3, **request)
+    assert sample.text == lm.generate("the ", **request) and sample.stop_reason == "length"
+    ids = [*lm.tokenizer.encode("the "), *sample.tokens]
+    assert lm.tokenizer.decode(ids) == sample.text and len(sample.tokens) == len(sample.logprobs) == 30
+    expected = jax.nn.log_softmax(lm.logits([ids]))[0, 3:-1]
+    np.testing.assert_allclose(sample.logprobs, np.asarray(expected)[np.arange(30), sample.tokens], atol=1e-4)
+    for top, row in zip(sample.top_logprobs, expected, strict=True):
+        assert [*top] == np.argsort(-row)[:3].tolist()
+    np.testing.assert_allclose(lm.score(ids)[3:], sample.logprobs, atol=1e-4)
+    [none] = lm.generate_detailed("the ", max_new_tokens=0)
+    assert none == ("the ", [], [], [], "length")
+
+
+def test_details_of_several_prompts_come_prompt_by_prompt(lm):
+    samples = lm.generate_detailed(["the ", "a"], num_samples=3, max_new_tokens=12)
+    assert [sample.text for sample in samples[3:]] == [
+        sample.text for sample in lm.generate_detailed("a", num_samples=3, max_new_tokens=12)
+    ]
+    assert len({sample.text for sample in samples}) == 6
+    rows = lm.generate_detailed(np.array([[116, 104]]), max_new_tokens=5)
+    assert rows[0].text.startswith("th") and len(rows[0].tokens) == 5
+
+
+def test_stop_reasons(lm, bpe):
+    assert ends_at_once(bpe).generate_detailed("the ", max_new_tokens=5)[0][1:] == (
+        [bpe.tokenizer.eos_id], [0.0], [{}], "stop_token"
+    )  # fmt: skip
+    free = lm.generate("the ", max_new_tokens=40, seed=1)
+    stop = free[20:23]
+    at = free.index(stop, 4)
+    [sample] = lm.generate_detailed("the ", max_new_tokens=40, seed=1, stop_strings=["\0never", stop])
+    assert sample.stop_reason == "stop_string" and sample.text == free[:at]
+    assert lm.tokenizer.decode(sample.tokens) == free[4 : at + 3]  # up to the token that completed it
+    assert len(sample.logprobs) == len(sample.top_logprobs) == len(sample.tokens)
+
+
+def test_stop_strings_end_each_row_where_it_has_one(lm):
+    prompts = ["the ", "a", "dog"]
+    free = lm.generate(prompts, max_new_tokens=40, seed=2)
+    cut = lm.generate(prompts, max_new_tokens=40, seed=2, stop_strings=["e", "a "])
+    for prompt, whole, text in zip(prompts, free, cut, strict=True):
+        new = whole.removeprefix(prompt)
+        first = min((new.index(stop) for stop in ("e", "a ") if stop in new), default=len(new))
+        assert text == prompt + new[:first]
+    assert cut != free
+    tokens = lm.generate(np.array([[116, 104]]), max_new_tokens=40, seed=2, stop_strings=[" "])[0]
+    end = tokens.tolist().index(32, 2)
+    assert (tokens[end:] == 32).all()  # padded with the token that completed it
+
+
+def test_a_stream_is_generate_in_pieces_and_the_first_needs_no_second_call(lm, monkeypatch):
+    request = dict(max_new_tokens=40, seed=4, stop_strings=["zq"])
+    assert "the " + "".join(lm.stream("the ", **request)) == lm.generate("the ", **request)
+    pieces = [*lm.stream("the ", max_new_tokens=40)]
+    assert len(pieces) > 2 and all(pieces)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a second call")
+
+    monkeypatch.setattr(decoding, "_decode", fail)
+    [first] = lm.generate("the ", max_new_tokens=1, temperature=0.0)[4:]
+    assert next(lm.stream("the ", max_new_tokens=40, temperature=0.0)) == first
+
+
+def test_a_wrong_stream_is_an_error_before_its_first_piece(lm):
+    assert "temperature" in error_of(lm.stream, "the ", temperature=-1.0)
+    assert "one text" in error_of(lm.stream.__func__.__wrapped__, lm, ["the "])
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 33, 300])
+def test_scores_are_the_log_probabilities_of_the_tokens(lm, length):
+    """Past block_size too."""
+    text = ("the cat sees the dog and " * 20)[:length]
+    ids = lm.tokenizer.encode(text)
+    scores = lm.score(text)
+    assert scores.shape == (length - 1,) and scores.dtype == np.float32
+    expected = np.asarray(jax.nn.log_softmax(lm.logits([ids])))[0]
+    np.testing.assert_allclose(scores, expected[np.arange(length - 1), ids[1:]], atol=1e-4)
+    np.testing.assert_array_equal(scores, lm.score(ids))
+
+
+def test_scores_of_learned_positions_and_of_nothing(bpe):
+    learned = build(byte_tokenizer(), use_rope=False)
+    assert learned.score("x" * 16).shape == (15,)
+    assert "17 tokens" in error_of(learned.score, "x" * 17)
+    assert "empty" in error_of(learned.score, "")
+    assert "vocabulary" in error_of(learned.score, [256])
+    assert bpe.score("").shape == (0,)
+
+
+# -- Ways to load
+
+
+def test_weights_in_int8_score_nearly_as_well(lm, tiny_run):
+    rounded = llm_jax.load(tiny_run, weights="int8", cache_dtype="int8")
+    text = "def the(cat):\n    return dog\n" * 4
+    assert 0 < abs(rounded.score(text).mean() - lm.score(text).mean()) < 0.01
+    assert rounded.generate("the ", max_new_tokens=20).startswith("the ")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(rounded.params))
+
+
+def test_another_dtype(lm, tiny_run):
+    half = llm_jax.load(tiny_run, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
+    assert half.generate("the ", max_new_tokens=20).startswith("the ")
+    assert 0 < np.abs(half.score("the cat sees the dog") - lm.score("the cat sees the dog")).max() < 0.3
+
+
+def test_stretched_positions_see_more(lm, tiny_run):
+    """Interpolated by 2, position 2n is what n was: of a text of every second token the scores are the same."""
+    stretched = llm_jax.load(tiny_run, rope_scaling="linear", rope_factor=2.0)
+    cfg = stretched.config.model
+    assert (cfg.block_size, cfg.rope_original_length) == (64, 32)
+    positions = jnp.arange(20)[None]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 20)))
+    plain, doubled = (
+        model.Transformer(each.config.model).apply({"params": each.params}, tokens, positions * times)[0]
+        for each, times in ((lm, 1), (stretched, 2))
+    )
+    np.testing.assert_allclose(plain, doubled, atol=1e-4)
+    assert len(stretched.generate(np.zeros((1, 50), int), max_new_tokens=20, long_prompt="error")[0]) == 70
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(weights="int4"), "weights ('int4') must be one of int8"),
+        (dict(cache_dtype="float16"), "cache_dtype ('float16')"),
+        (dict(dtype="float16"), "'float16'"),
+        (dict(rope_scaling="linear"), "rope_factor (None)"),
+        (dict(rope_factor=2.0), "rope_scaling (None)"),
+        (dict(rope_scaling="linear", rope_factor=0.5), "rope_factor (0.5)"),
+        (dict(rope_scaling="stretch", rope_factor=2.0), "'stretch'"),
+    ],
+    ids=str,
+)
+def test_a_way_to_load_that_there_is_not(tiny_run, how, words):
+    assert words in error_of(llm_jax.load, tiny_run, **how)
 
 
 # -- Special tokens and ends
@@ -223,7 +350,8 @@ def test_an_empty_prompt_starts_from_bos_or_is_an_error(lm, bpe):
     tokens = bpe.generate(bos, max_new_tokens=4, seed=0)[0]
     assert bpe.generate("", max_new_tokens=4, seed=0) == bpe.tokenizer.decode(tokens)
     assert "empty" in error_of(lm.generate, "")
-    assert "empty" in error_of(lm.generate, ["the ", ""])
+    message = error_of(lm.generate, ["the ", ""])
+    assert "empty" in message and "prompt 1 of 2" in message
 
 
 def test_a_prompt_gets_bos_where_the_tokenizer_says_so(bpe):
@@ -285,13 +413,29 @@ def test_learned_positions_go_on_past_block_size():
         (dict(logit_bias={3: float("inf")}), "token 3 (inf)"),
         (dict(max_new_tokens=-1), "max_new_tokens (-1)"),
         (dict(long_prompt="cut"), "long_prompt ('cut')"),
+        (dict(stop_strings=["a", ""]), "stop_strings (['a', ''])"),
+        (dict(stop_strings="a"), "stop_strings ('a')"),
+        (dict(stop_tokens=[256]), "stop_tokens"),
+        (dict(stop_tokens=[-1]), "stop_tokens"),
     ],
     ids=str,
 )
 def test_a_request_out_of_range_is_one_line_with_the_value(lm, request_, words):
     for context in ("the ", ["the "], np.array([[1, 2]])):
         assert words in error_of(lm.generate, context, **request_)
-    assert words in error_of(lm.samples, "the ", num_samples=2, **request_)
+    assert words in error_of(lm.generate_detailed, "the ", num_samples=2, **request_)
+
+
+@pytest.mark.parametrize(
+    "details, words",
+    [
+        (dict(num_samples=0), "num_samples (0)"),
+        (dict(top_logprobs=-1), "top_logprobs (-1)"),
+        (dict(top_logprobs=257), "top_logprobs (257)"),
+    ],
+)
+def test_details_out_of_range(lm, details, words):
+    assert words in error_of(lm.generate_detailed, "the ", **details)
 
 
 @pytest.mark.parametrize(

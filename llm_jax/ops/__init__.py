@@ -14,37 +14,57 @@ The functions `rope`, `attention` and `linear` win over the submodules of the sa
 are `sys.modules["llm_jax.ops.rope"]`.
 """
 
-from llm_jax.ops.attention import MASK_VALUE, attention, einsum_f32, masked_attention
-from llm_jax.ops.kv_cache import LayerCache, init_layer_cache, update_layer_cache
-from llm_jax.ops.linear import linear
+from llm_jax.ops.attention import MASK_VALUE, attention, cached_attention, einsum_f32, masked_attention
+from llm_jax.ops.kv_cache import (
+    EmptyCache,
+    LayerCache,
+    TwoLevelCache,
+    fill_cache,
+    grow_cache,
+    merge_cache,
+    split_cache,
+    update_cache,
+)
+from llm_jax.ops.linear import DecodeWeight, decode_embed, decode_linear, linear, quantize
 from llm_jax.ops.losses import cross_entropy, linear_cross_entropy
 from llm_jax.ops.norms import layer_norm, rms_norm
 from llm_jax.ops.orthogonalize import orthogonalize
 from llm_jax.ops.rope import RopeScaling, apply_rope, precompute_freqs_cis, rope, rope_frequencies
-from llm_jax.ops.sampling import draw, min_p_mask, penalize, top_k_mask, top_p_mask
+from llm_jax.ops.sampling import draw, masked_draw, min_p_mask, penalize, top_k_mask, top_p_mask
 
 __all__ = [
     "MASK_VALUE",
+    "DecodeWeight",
+    "EmptyCache",
     "LayerCache",
     "RopeScaling",
+    "TwoLevelCache",
     "apply_rope",
     "attention",
+    "cached_attention",
     "cross_entropy",
+    "decode_embed",
+    "decode_linear",
     "draw",
     "einsum_f32",
-    "init_layer_cache",
+    "fill_cache",
+    "grow_cache",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "masked_attention",
+    "masked_draw",
+    "merge_cache",
     "min_p_mask",
     "penalize",
     "orthogonalize",
     "precompute_freqs_cis",
+    "quantize",
     "rms_norm",
     "rope",
     "rope_frequencies",
     "top_k_mask",
     "top_p_mask",
-    "update_layer_cache",
+    "split_cache",
+    "update_cache",
 ]

@@ -6,12 +6,13 @@ All take grouped heads as they are (query head n reads key head n // G), float32
 import contextlib
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 # Finite, not -inf: a left-padded row has no visible key, and softmax of all -inf is NaN.
 MASK_VALUE = float(jnp.finfo(jnp.float32).min)
@@ -87,13 +88,47 @@ def masked_attention(
 
     A query that sees no key gets finite numbers without meaning (the mean of the values).
     """
+    return cached_attention(q, [(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), None, None)], [mask], softcap=softcap)
+
+
+Part = tuple[
+    Float[Array, "B K H _"] | Int8[Array, "B K H _"],  # keys
+    Float[Array, "B K _ H"] | Int8[Array, "B K _ H"],  # values
+    Float[Array, "B K _"] | None,  # what keys are multiples of
+    Float[Array, "B K _"] | None,  # and values
+]
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    parts: Sequence[Part],
+    masks: Sequence[Bool[Array, "#B #T _"]],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """`masked_attention` to the keys of all parts together, each as a `LayerCache` holds them; `masks` [B, T, S] has
+    that of each part.
+    """
     batch, query_time, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, query_time, kv_heads, heads // kv_heads, head_dim)
-    scores = einsum_f32("BTKGH,BSKH->BKGTS", grouped, k) * head_dim**-0.5
-    scores = _cap(scores, softcap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASK_VALUE), axis=-1)
-    out = einsum_f32("BKGTS,BSKH->BTKGH", weights.astype(q.dtype), v)
+    kv_heads = parts[0][0].shape[1]
+    groups = heads // kv_heads
+    grouped = q.reshape(batch, query_time, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, groups * query_time, head_dim)
+    scores, borders = [], [0]
+    for (k, _, k_scale, _), mask in zip(parts, masks, strict=True):
+        part = einsum_f32("bkgh,bkhs->bkgs", grouped, k.astype(q.dtype)) * head_dim**-0.5
+        part = _cap(part if k_scale is None else part * k_scale[:, :, None], softcap)
+        part = part.reshape(batch, kv_heads, groups, query_time, -1)
+        scores.append(jnp.where(mask[:, None, None], part, MASK_VALUE))
+        borders.append(borders[-1] + part.shape[-1])
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    weights = weights.reshape(batch, kv_heads, groups * query_time, -1)
+    out = 0.0
+    for (_, v, _, v_scale), start, end in zip(parts, borders, borders[1:], strict=False):
+        part = weights[..., start:end]
+        part = part if v_scale is None else part * v_scale[:, :, None]
+        out += einsum_f32("bkgs,bksh->bkgh", part.astype(q.dtype), v.astype(q.dtype))
+    out = out.reshape(batch, kv_heads, groups, query_time, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)
 
 

@@ -1,10 +1,11 @@
-"""A product with a weight matrix."""
+"""Products with a weight matrix: for training, and for decoding from weights that are laid out for it."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Int8
 
 
 def linear(x: Float[Array, "*B D"], weight: Float[Array, "D F"]) -> Float[Array, "*B F"]:
@@ -46,3 +47,55 @@ def _transposed(x):
 
 
 _product.defvjp(_forward, _backward)
+
+
+class DecodeWeight(NamedTuple):
+    """A weight matrix as decoding reads it, a row of inputs for each output; int8 rows are multiples of a scale.
+
+    On two CPU cores one row of x times such a matrix reads 22 GB/s, times its transpose 14.
+    """
+
+    weight: Float[Array, "F D"] | Int8[Array, "F D"]
+    scale: Float[Array, "F"] | None = None
+
+
+def decode_linear(x: Float[Array, "*B D"], matrix: DecodeWeight) -> Float[Array, "*B F"]:
+    """x @ weight.T in float32. With int8 weights each row of x is rounded to int8 too, by its own scale.
+
+    Reverse mode through int8 is zero.
+    """
+    *lead, width = x.shape
+    rows = x.reshape(-1, width)
+    if matrix.scale is None:
+        out = _by_outputs(matrix.weight, rows, jnp.float32, jax.lax.Precision.HIGHEST)
+    else:
+        count = len(rows)
+        rows, scale = _int8_rows(rows)
+        # XLA's CPU backend has an int8 kernel for two rows and more: 9 instead of 140 ms for 106 million weights.
+        rows = jnp.pad(rows, ((0, max(0, 2 - count)), (0, 0)))
+        out = _by_outputs(matrix.weight, rows, jnp.int32, None)[:count]
+        out = out.astype(jnp.float32) * scale[:, None] * matrix.scale
+    return out.reshape(*lead, len(matrix.weight))
+
+
+def decode_embed(tokens: Int[Array, "*B"], matrix: DecodeWeight) -> Float[Array, "*B D"]:
+    """The rows of `tokens`."""
+    rows = matrix.weight[tokens]
+    return rows if matrix.scale is None else rows.astype(jnp.float32) * matrix.scale[tokens][..., None]
+
+
+def quantize(weight: Float[Array, "F D"]) -> DecodeWeight:
+    """To int8, each output's row by the scale of its largest weight."""
+    return DecodeWeight(*_int8_rows(weight))
+
+
+def _by_outputs(weight, rows, dtype, precision):
+    # As it stands: XLA's CPU backend would turn the product around and pack the weights, 12.9 instead of 14.5 GB/s
+    # for 8 rows.
+    return _transposed(jnp.einsum("fd,bd->fb", weight, rows, precision=precision, preferred_element_type=dtype))
+
+
+def _int8_rows(x: Float[Array, "B D"]) -> tuple[Int8[Array, "B D"], Float[Array, "B"]]:
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    return jnp.round(x / jnp.where(scale > 0, scale, 1.0)[:, None]).astype(jnp.int8), scale

@@ -2,14 +2,15 @@
 
 The masks take a scalar or one value per row, traced or not, so that one compiled program serves
 every setting. They find their threshold by bisection over float bits, not by sorting: 32 fused
-passes over a row instead of a sort.
+passes over a row instead of a sort. `masked_draw` is all of them and the draw at once, and looks for the
+thresholds among the likeliest few first.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 Scalar = float | int
 
@@ -63,7 +64,7 @@ def min_p_mask(
 
 def penalize(
     logits: Float[Array, "*B V"],
-    in_text: Int[Array, "*B V"],
+    in_text: Bool[Array, "*B V"],
     in_continuation: Int[Array, "*B V"],
     *,
     repetition: Scalar | Float[Array, "*B"],
@@ -72,19 +73,20 @@ def penalize(
 ) -> Float[Array, "*B V"]:
     """Lowers the logits of tokens that are there already.
 
-    repetition: of a token with in_text > 0 a positive logit is divided by it, a negative one multiplied (Keskar et
+    repetition: of a token in the text a positive logit is divided by it, a negative one multiplied (Keskar et
     al. 2019, "CTRL", as transformers' RepetitionPenaltyLogitsProcessor); 1: off. presence: subtracted where
     in_continuation > 0. frequency: subtracted in_continuation times (both as in OpenAI's API); 0: off.
 
     Args:
-        in_text, in_continuation: how often each token is in the whole text, and in what was generated of it.
+        in_text: which tokens the whole text holds.
+        in_continuation: how often what was generated of it holds each.
     """
     repetition, presence, frequency = (
         jnp.asarray(value, jnp.float32)[..., None] for value in (repetition, presence, frequency)
     )
     logits = logits.astype(jnp.float32)
     lowered = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = jnp.where(in_text > 0, lowered, logits)
+    logits = jnp.where(in_text, lowered, logits)
     return logits - presence * (in_continuation > 0) - frequency * in_continuation
 
 
@@ -94,13 +96,102 @@ def draw(logits: Float[Array, "*B V"], uniform: Float[Array, "*B"]) -> Int[Array
     A token of probability 0 is never drawn. One uniform and a cumulative sum cost less than V
     Gumbel variables.
     """
-    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    # XLA's parallel cumulative sum need not be monotone in its last bits: zeroing it where the
-    # token is impossible, and scaling by its own maximum, leaves rounding no way to pick one.
-    cumulative = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
+    return _draw(_weights(logits), uniform)
+
+
+CANDIDATES = 128  # per row; a text's settings rarely ask for more
+
+
+def masked_draw(
+    logits: Float[Array, "B V"],
+    uniform: Float[Array, "B"],
+    *,
+    top_k: Scalar | Int[Array, "B"] | Int[Array, ""],
+    top_p: Scalar | Float[Array, "B"] | Float[Array, ""],
+    min_p: Scalar | Float[Array, "B"] | Float[Array, ""],
+) -> Int[Array, "B"]:
+    """`draw` after `top_k_mask`, `top_p_mask` and `min_p_mask`, in that order.
+
+    The thresholds of top-k and top-p lie among the CANDIDATES likeliest tokens, or else the masks' own search finds
+    them. On two CPU cores and a vocabulary of 49,152 a row takes 0.6 ms by the candidates, 2.1 by the masks.
+    """
+    size = logits.shape[-1]
+    logits = logits.astype(jnp.float32)
+    top_k, top_p, min_p = (
+        jnp.broadcast_to(jnp.asarray(value), logits.shape[:-1])[:, None] for value in (top_k, top_p, min_p)
+    )
+    weights = _weights(logits)
+    removable = 1.0 - top_p.astype(jnp.float32)
+    all_k, all_p = top_k >= size, removable <= 0
+
+    def by_candidates(likeliest: Array) -> tuple[Array, Array]:
+        """(the lowest logit that is kept, whether it is known for every row)."""
+        last = likeliest[:, -1:]
+        # With all others tied with the last of them, what is left outside is known.
+        known = jnp.sum(logits >= last, axis=-1, keepdims=True) == likeliest.shape[-1]
+        known |= last == -jnp.inf
+        outside = jnp.where(all_k, _sum(jnp.where(logits < last, weights, 0.0)), 0.0)
+        kth = jnp.take_along_axis(likeliest, jnp.clip(top_k, 1, likeliest.shape[-1]) - 1, axis=-1)
+        kept = all_k | (likeliest >= kth)
+        mass = jnp.where(kept, jnp.exp(likeliest - likeliest[:, :1]), 0.0)
+        tail = jax.lax.cumsum(mass, axis=1, reverse=True) + outside  # of each and the less likely ones
+        stays = kept & (tail > removable * tail[:, :1])
+        number = jnp.maximum(jnp.sum(stays, axis=-1, keepdims=True), 1)
+        lowest = jnp.take_along_axis(likeliest, number - 1, axis=-1)
+        lowest = jnp.where(all_p, jnp.where(all_k, -jnp.inf, kth), lowest)
+        inside = jnp.where(all_k, all_p | (number < likeliest.shape[-1]), top_k <= likeliest.shape[-1])
+        return lowest, jnp.all((known & inside) | (all_k & all_p))
+
+    def by_search(_: Array) -> Array:
+        masked = top_p_mask(top_k_mask(logits, top_k[:, 0]), top_p[:, 0])
+        return jnp.min(jnp.where(masked == -jnp.inf, jnp.inf, masked), axis=-1, keepdims=True)
+
+    # Behind a barrier: what looks at a part of it would have XLA's CPU backend sort the whole row.
+    lowest, found = by_candidates(jax.lax.optimization_barrier(jax.lax.top_k(logits, min(CANDIDATES, size))[0]))
+    lowest = jax.lax.cond(found, lambda lowest: lowest, by_search, lowest)
+    return _draw(jnp.where((logits >= lowest) & (weights >= min_p), weights, 0.0), uniform)
+
+
+LANES = 64  # tokens whose weights are summed side by side: XLA's CPU backend adds a whole row one by one
+
+
+def _weights(logits: Array) -> Array:
+    """Probabilities, but for a factor of each row."""
+    logits = logits.astype(jnp.float32)
+    return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+
+
+def _lanes(x: Array) -> Array:
+    """[..., V] -> [..., blocks, LANES], with zeros after the last."""
+    padding = -x.shape[-1] % LANES
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+    return x.reshape(*x.shape[:-1], -1, LANES)
+
+
+def _sum(x: Array) -> Array:
+    """[..., V] -> [..., 1]"""
+    return jnp.sum(jnp.sum(_lanes(x), axis=-2), axis=-1, keepdims=True)
+
+
+def _draw(weights: Array, uniform: Array) -> Array:
+    """First a block of tokens, then one in it."""
     below_one = jnp.minimum(uniform.astype(jnp.float32), 1 - 2.0**-24)
-    threshold = below_one[..., None] * jnp.max(cumulative, axis=-1, keepdims=True)
-    return jnp.argmax(cumulative > threshold, axis=-1).astype(jnp.int32)
+    blocks = _lanes(weights)
+    block, rest = _pick(jnp.sum(blocks, axis=-1), below_one)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return (block * LANES + _pick(inside, rest)[0]).astype(jnp.int32)
+
+
+def _pick(weights: Array, uniform: Array) -> tuple[Array, Array]:
+    """(the index that `uniform` of the weights' sum falls on, how far into its weight, in [0, 1))."""
+    # XLA's parallel cumulative sum need not be monotone in its last bits: zeroing it where the weight is, and scaling
+    # by its own maximum, leaves rounding no way to pick one that is impossible.
+    cumulative = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    threshold = uniform * jnp.max(cumulative, axis=-1)
+    index = jnp.argmax(cumulative > threshold[..., None], axis=-1)
+    at = lambda x: jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]  # noqa: E731
+    into = 1 - (at(cumulative) - threshold) / at(weights)
+    return index, jnp.clip(into, 0.0, 1 - 2.0**-24)
 
 
 def _per_row(value: Array) -> Array:

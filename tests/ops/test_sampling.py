@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.ops import draw, min_p_mask, penalize, top_k_mask, top_p_mask
+from llm_jax.ops import draw, masked_draw, min_p_mask, penalize, top_k_mask, top_p_mask
 
 JIT_TOP_K = jax.jit(top_k_mask)
 ROWS = np.random.default_rng(0).standard_normal((1000, 40)).astype(np.float32) * 2
@@ -115,13 +115,14 @@ def test_repetition_penalty_equals_transformers(repetition):
     processor = transformers.RepetitionPenaltyLogitsProcessor(penalty=repetition)
     expected = processor(torch.tensor(text), torch.tensor(np.asarray(logits, np.float32)))
     in_text = jnp.stack([jnp.bincount(row, length=ROWS.shape[1]) for row in text])
-    actual = penalize(logits, in_text, 0 * in_text, repetition=jnp.full(50, repetition), presence=0.0, frequency=0.0)
+    others = dict(presence=0.0, frequency=0.0)
+    actual = penalize(logits, in_text > 0, 0 * in_text, repetition=jnp.full(50, repetition), **others)
     np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-6)
 
 
 def test_presence_is_subtracted_once_and_frequency_each_time():
     counts = jnp.array([0, 1, 3, 0])
-    out = penalize(jnp.zeros(4), counts, counts, repetition=1.0, presence=0.5, frequency=0.25)
+    out = penalize(jnp.zeros(4), counts > 0, counts, repetition=1.0, presence=0.5, frequency=0.25)
     np.testing.assert_array_equal(out, [0, -0.75, -1.25, 0])
 
 
@@ -165,3 +166,89 @@ def test_draw_is_the_inverse_cdf_row_by_row():
         np.testing.assert_array_equal(draw(logits, jnp.full(2, uniform)), expected)
     assert draw(logits.astype(jnp.bfloat16), jnp.full(2, 0.9)).tolist() == [2, 2]
     np.testing.assert_array_equal(jax.vmap(draw)(logits, jnp.array([0.9, 0.7])), [2, 1])
+
+
+# -- All masks and the draw at once
+
+SETTINGS = [
+    dict(top_k=99_999, top_p=1.0, min_p=0.0),
+    dict(top_k=7, top_p=1.0, min_p=0.0),
+    dict(top_k=99_999, top_p=0.6, min_p=0.0),
+    dict(top_k=99_999, top_p=1.0, min_p=0.2),
+    dict(top_k=20, top_p=0.8, min_p=0.05),
+    dict(top_k=300, top_p=0.95, min_p=0.0),  # more than the candidates
+]
+NAMES = [",".join(f"{k}={v}" for k, v in each.items()) for each in SETTINGS]
+
+
+def exact_probabilities(logits, *, top_k, top_p, min_p):
+    """By sorting, in float64, of a row without ties."""
+    probs = np.exp(np.float64(logits) - np.max(logits))
+    order = np.argsort(-probs)
+    probs[order[top_k:]] = 0
+    probs /= probs.sum()
+    below = np.cumsum(probs[order][::-1])[::-1]  # of each and the less likely ones
+    probs[order[1:][below[1:] <= 1 - top_p]] = 0
+    probs[probs < min_p * probs.max()] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=NAMES)
+def test_masked_draw_has_the_exact_distribution(setting):
+    """Chi-squared over 100,000 draws; the tokens expected less than 10 times count as one."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy not installed")
+    rng, n, size = np.random.default_rng(3), 100_000, 400
+    logits = (rng.standard_normal(size) * 1.5).astype(np.float32)
+    uniform = jax.random.uniform(jax.random.key(7), (n,))
+    tokens = jax.jit(masked_draw)(jnp.broadcast_to(logits, (n, size)), uniform, **setting)
+    assert tokens.dtype == jnp.int32
+    expected = n * exact_probabilities(logits, **setting)
+    counts = np.bincount(tokens, minlength=size)
+    assert not counts[expected == 0].any()
+    often = expected >= 10
+    pairs = [*zip(counts[often], expected[often], strict=True), (counts[~often].sum(), expected[~often].sum())]
+    seen, wanted = np.array([(a, b) for a, b in pairs if b > 0]).T
+    assert ((seen - wanted) ** 2 / wanted).sum() < stats.chi2.ppf(0.999, len(wanted) - 1)
+
+
+@pytest.mark.parametrize("size", [5, 128, 1000, 49_152])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])  # nearly uniform: no candidates are enough
+def test_masked_draw_is_the_masks_and_the_draw(size, spread):
+    """One call with every setting as a row, some within the candidates and some not."""
+    rng = np.random.default_rng(size)
+    uniform = np.linspace(0, 1, 7, endpoint=False, dtype=np.float32)
+    rows = [(each, u) for each in SETTINGS for u in uniform]
+    logits = jnp.asarray(rng.standard_normal((len(rows), size)) * spread, jnp.float32)
+    by_row = {name: jnp.asarray([each[name] for each, _ in rows]) for name in SETTINGS[0]}
+    u = jnp.asarray([u for _, u in rows])
+    masked = min_p_mask(top_p_mask(top_k_mask(logits, by_row["top_k"]), by_row["top_p"]), by_row["min_p"])
+    together = jax.jit(masked_draw)(logits, u, **by_row)
+    np.testing.assert_array_equal(together, draw(masked, u))
+    # And each setting in a call of its own: whether the others need the search changes nothing.
+    for start in range(0, len(rows), len(uniform)):
+        part = slice(start, start + len(uniform))
+        alone = jax.jit(masked_draw)(logits[part], u[part], **{name: value[part] for name, value in by_row.items()})
+        np.testing.assert_array_equal(alone, together[part])
+
+
+@pytest.mark.parametrize("tied", [2, 127, 128, 129, 200])
+@pytest.mark.parametrize("top_k, top_p", [(2, 1.0), (300, 0.3), (2, 0.3)])
+def test_masked_draw_keeps_ties(tied, top_k, top_p):
+    """The likeliest, then `tied` tokens of the same logit: more than the candidates, exactly as many, fewer."""
+    logits = np.full(300, -3.0, np.float32)
+    logits[10], logits[50 : 50 + tied] = 1.0, 0.5
+    uniform = np.linspace(0, 1, 500, endpoint=False, dtype=np.float32)
+    rows = jnp.broadcast_to(logits, (500, 300))
+    masked = top_p_mask(top_k_mask(rows, top_k), top_p)
+    tokens = masked_draw(rows, jnp.asarray(uniform), top_k=top_k, top_p=top_p, min_p=0.0)
+    np.testing.assert_array_equal(tokens, draw(masked, jnp.asarray(uniform)))
+    assert {*tokens.tolist()} == {*np.flatnonzero(kept(masked[0])).tolist()}
+
+
+def test_masked_draw_takes_no_token_that_a_bias_forbids():
+    logits = np.full((4, 1000), -np.inf, np.float32)
+    logits[:, [3, 999]] = [1.0, 0.0]
+    for setting in SETTINGS:
+        for uniform in (0.0, 0.5, 0.99, 1.0):
+            tokens = masked_draw(jnp.asarray(logits), jnp.full(4, uniform), **setting)
+            assert {*tokens.tolist()} <= {3, 999}
