@@ -18,10 +18,11 @@ _PUBLIC = {
     "InputError": "errors",
     "fit": "train",
     "load": "language_model",
+    "load_exported": "exported",
 }
 _MODULES = ("config", "cpu", "generate", "model", "ops")
 
-__all__ = ["InputError", "LanguageModel", "fit", "load"]
+__all__ = ["InputError", "LanguageModel", "fit", "load", "load_exported"]
 
 
 def __getattr__(name: str) -> Any:

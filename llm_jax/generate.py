@@ -147,11 +147,11 @@ def prefill(
         logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)
     logits = logits[:, 0]
     size = logits.shape[-1]
-    in_prompt = _counts(jnp.zeros((len(tokens), size), jnp.int32), tokens, there) > 0
+    in_prompt = counted(jnp.zeros((tokens.shape[0], size), jnp.int32), tokens, there) > 0
     logits, in_prompt, cache = jax.tree.map(
         lambda leaf: jnp.repeat(leaf, num_samples, axis=0) if num_samples > 1 else leaf, (logits, in_prompt, cache)
     )
-    batch = len(rows.starts)
+    batch = rows.starts.shape[0]
     state = State(
         last=jnp.zeros(batch, jnp.int32),
         lengths=rows.starts,
@@ -160,9 +160,9 @@ def prefill(
         counts=jnp.zeros((batch, size), jnp.int32),
         cache=cache,
     )
-    state, drawn = _choose(logits, state, lambda: (in_prompt, state.counts), rows, top_logprobs)
+    state, drawn = choose(logits, state, lambda: (in_prompt, state.counts), rows, top_logprobs)
     drawn = jax.tree.map(lambda leaf: leaf[:, None], drawn)
-    return state._replace(counts=_counts(state.counts, drawn.tokens, jnp.ones((batch, 1), bool))), drawn
+    return state._replace(counts=counted(state.counts, drawn.tokens, jnp.ones((batch, 1), bool))), drawn
 
 
 def decode(
@@ -171,21 +171,21 @@ def decode(
     """`length` more tokens of each row that is not done: one scan."""
     before = state.lengths
     # Counted once for all of them, and where a penalty asks for it: counts are as large as a row of logits.
-    drawn = jnp.zeros((len(before), length), jnp.int32)
+    drawn = jnp.zeros((before.shape[0], length), jnp.int32)
 
     def step(carry: tuple[State, Array], i: Array) -> tuple[tuple[State, Array], Drawn]:
         now, drawn = carry
 
         def in_text() -> tuple[Array, Array]:
-            return state.in_prompt, _counts(state.counts, drawn, jnp.arange(length) < (now.lengths - before)[:, None])
+            return state.in_prompt, counted(state.counts, drawn, jnp.arange(length) < (now.lengths - before)[:, None])
 
         logits, cache = apply_fn(params, now.last[:, None], (now.lengths - 1)[:, None], now.cache)
-        now, new = _choose(logits[:, 0], now._replace(cache=cache), in_text, rows, top_logprobs)
+        now, new = choose(logits[:, 0], now._replace(cache=cache), in_text, rows, top_logprobs)
         return (now, jax.lax.dynamic_update_index_in_dim(drawn, new.tokens, i, 1)), new
 
     moving = state._replace(in_prompt=None, counts=None)
     (now, drawn), new = jax.lax.scan(step, (moving, drawn), jnp.arange(length))
-    counts = _counts(state.counts, drawn, jnp.arange(length) < (now.lengths - before)[:, None])
+    counts = counted(state.counts, drawn, jnp.arange(length) < (now.lengths - before)[:, None])
     return now._replace(in_prompt=state.in_prompt, counts=counts), jax.tree.map(lambda x: x.swapaxes(0, 1), new)
 
 
@@ -276,7 +276,7 @@ def uncached(apply_fn: ApplyFn, context: int) -> tuple[ApplyFn, Callable[[int, i
     return apply, lambda batch, length: jnp.zeros((batch, 0), jnp.int32)
 
 
-def _choose(
+def choose(
     logits: Array, state: State, in_text: Callable[[], tuple[Array, Array]], rows: Rows, top_logprobs: int
 ) -> tuple[State, Drawn]:
     """One new token of each row that is not done; `state.counts` are the caller's."""
@@ -301,7 +301,7 @@ def _choose(
     return state._replace(last=jnp.where(state.done, state.last, token), lengths=lengths, done=done), new
 
 
-def _counts(counts: Int[Array, "B V"], tokens: Int[Array, "B T"], there: Bool[Array, "B T"]) -> Int[Array, "B V"]:
+def counted(counts: Int[Array, "B V"], tokens: Int[Array, "B T"], there: Bool[Array, "B T"]) -> Int[Array, "B V"]:
     """With each of the tokens that are there added."""
-    row = jnp.arange(len(tokens))[:, None]
+    row = jnp.arange(tokens.shape[0])[:, None]
     return counts.at[row, jnp.where(there, tokens, counts.shape[1])].add(1, mode="drop")

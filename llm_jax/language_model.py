@@ -1,37 +1,23 @@
 """LanguageModel: a model with its tokenizer, as a notebook uses it."""
 
-import dataclasses
 import functools
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llm_jax import checkpoint, decode_weights, decoding, generate, model, pretrained
-from llm_jax.config import (
-    CACHE_DTYPES,
-    MAX_SEED,
-    WEIGHTS,
-    Config,
-    ModelConfig,
-    SampleConfig,
-    check_sampling,
-    for_inference,
-)
-from llm_jax.continuation import Continuation
+from llm_jax import checkpoint, decode_weights, decoding, engine, export, model, pretrained
+from llm_jax.config import CACHE_DTYPES, WEIGHTS, Config, ModelConfig, for_inference
 from llm_jax.errors import InputError
+from llm_jax.text_model import TextModel
 from llm_jax.tokenizers import Tokenizer
 
-# Fields of generate.SamplingConfig that settings of `generate` become as they are.
-NUMERIC = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-
-Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray
+MAX_DRAFT_TOKENS = 64
 
 
 def load(
@@ -67,17 +53,7 @@ def load(
     return LanguageModel(config, params, tokenizer, weights=weights, cache_dtype=cache_dtype)
 
 
-class Sample(NamedTuple):
-    """One continuation of `generate_detailed`."""
-
-    text: str  # as `generate` returns it
-    tokens: list[int]  # of the continuation, the one included that ended it
-    logprobs: list[float]  # of each, by the unmodified model (temperature 1, no mask), in nats
-    top_logprobs: list[dict[int, float]]  # of each, {likely token: its log-probability}
-    stop_reason: str  # "length" | "stop_token" | "stop_string"
-
-
-class LanguageModel:
+class LanguageModel(TextModel):
     """Parameters, their config, and the tokenizer they were trained with; `weights`, `cache_dtype` as in `load`."""
 
     def __init__(
@@ -89,9 +65,9 @@ class LanguageModel:
         weights: str | None = None,
         cache_dtype: str | None = None,
     ) -> None:
+        super().__init__(tokenizer, vocab_size=config.model.vocab_size, block_size=config.model.block_size)
         self.config = config
         self.params = params
-        self.tokenizer = tokenizer
         self.weights = weights
         self.cache_dtype = cache_dtype
         self._laid_out: tuple[model.Params, model.Params] | None = None
@@ -119,107 +95,6 @@ class LanguageModel:
             tokens = tokens[: self.config.model.block_size]
         return np.asarray(_score(self.config.model, self._inference_params(), tokens))[: len(ids) - 1]
 
-    def generate(
-        self,
-        context: Prompts,
-        *,
-        max_new_tokens: int = SampleConfig.max_new_tokens,
-        temperature: float = SampleConfig.temperature,
-        top_k: int | None = SampleConfig.top_k,
-        top_p: float | None = SampleConfig.top_p,
-        min_p: float = SampleConfig.min_p,
-        repetition_penalty: float = SampleConfig.repetition_penalty,
-        presence_penalty: float = SampleConfig.presence_penalty,
-        frequency_penalty: float = SampleConfig.frequency_penalty,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int = 0,
-        stop_tokens: Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
-        min_new_tokens: int = SampleConfig.min_new_tokens,
-        long_prompt: str = "keep_tail",
-    ) -> str | list[str] | np.ndarray:
-        """The context with its continuation: a text for a text, a list for a list, int32 [B, T + new] for [B, T].
-
-        A prompt's text depends on the prompt and the seed alone, not on the rest of its list: exactly so in float32;
-        in bfloat16 two tokens that are nearly as likely can change places with the size of the list. Returned text
-        holds no special token; a token row is padded with the token that ended it.
-
-        Args:
-            temperature: 0 is greedy.
-            top_k, top_p: keep the k likeliest tokens, then those that make up probability p; None: all.
-            min_p: then those at least this times as likely as the likeliest.
-            repetition_penalty: what the logit of a token that the text holds already is divided by, or multiplied
-                with where it is negative; 1: none.
-            presence_penalty, frequency_penalty: what is subtracted from the logit of a token that the continuation
-                holds already, once and for each time.
-            logit_bias: token -> what is added to its logit; -inf forbids it.
-            stop_tokens: ids that end a row; None: the tokenizer's end of text, (): none.
-            stop_strings: texts that end a row, which is cut before the first of them in its continuation.
-            min_new_tokens: as many tokens come before a stop token may; stop strings are not held up.
-            long_prompt: what becomes of a prompt longer than block_size. "keep_tail": the model sees its
-                tail (with rope: all of it, through a window of block_size). "error": InputError.
-
-        Raises:
-            InputError: a value outside its range, a token outside the vocabulary, an empty prompt for a
-                tokenizer without a beginning-of-text token.
-        """
-        rows = self._generate(
-            context,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            seed=seed,
-            stop_tokens=stop_tokens,
-            stop_strings=stop_strings,
-            min_new_tokens=min_new_tokens,
-            long_prompt=long_prompt,
-        )
-        if isinstance(context, str):
-            return rows[0].text
-        if _is_texts(context):
-            return [row.text for row in rows]
-        out = np.zeros((len(rows), self._checked_tokens(context).shape[1] + max_new_tokens), np.int32)
-        for i, row in enumerate(rows):
-            padding = out.shape[1] - len(row.prompt) - len(row.tokens)
-            out[i] = [*row.prompt, *row.tokens, *row.tokens[-1:] * padding]
-        return out
-
-    def generate_detailed(
-        self, context: Prompts, *, num_samples: int = 1, top_logprobs: int = 0, **settings: Any
-    ) -> list[Sample]:
-        """`num_samples` continuations of each prompt, all of the first prompt's before the second's, with details.
-
-        The first of a prompt is what `generate` makes of it. The prompt is read once for all of them.
-
-        Args:
-            top_logprobs: how many of the likeliest tokens are told with each token.
-            settings: of `generate`.
-        """
-        if num_samples < 1:
-            raise InputError(f"num_samples ({num_samples}) must be 1 or more")
-        vocab_size = self.config.model.vocab_size
-        if not 0 <= top_logprobs <= vocab_size:
-            raise InputError(f"top_logprobs ({top_logprobs}) must be at least 0 and at most {vocab_size}")
-        rows = self._generate(context, num_samples=num_samples, top_logprobs=top_logprobs, **settings)
-        return [Sample(row.text, row.tokens, row.logprobs, row.top_logprobs, row.stop_reason) for row in rows]
-
-    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
-        """The continuation that `generate` makes of the prompt, in pieces of whole characters as they come.
-
-        The first is there as soon as the first token is. Settings of `generate`; a wrong one is an error here, not at
-        the first piece.
-        """
-        if not isinstance(prompt, str):
-            raise InputError(f"a stream continues one text, got {type(prompt).__name__}")
-        rows, pieces = self._start(prompt, **settings)
-        return (piece for [piece] in pieces if piece)
-
     def save(self, path: str | Path) -> None:
         """Writes a run's folder that `load` opens: config.json, tokenizer.json and one checkpoint.
 
@@ -233,109 +108,52 @@ class LanguageModel:
             checkpoint.save(manager, 0, {"params": self.params}, val_loss=None)
         pretrained.write_run(path, self.config, self.tokenizer)
 
-    def _generate(self, context: Any, **settings: Any) -> "list[_Row]":
-        rows, pieces = self._start(context, **settings)
-        for _ in pieces:
-            pass
-        return rows
+    def export(self, path: str | Path, *, platforms: Sequence[str] = ()) -> None:
+        """Writes a folder that `llm_jax.load_exported` opens: compiled forms, parameters, tokenizer.
 
-    def _start(
-        self,
-        context: Any,
-        *,
-        num_samples: int = 1,
-        top_logprobs: int = 0,
-        max_new_tokens: int = SampleConfig.max_new_tokens,
-        top_k: int | None = SampleConfig.top_k,
-        top_p: float | None = SampleConfig.top_p,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int = 0,
-        stop_tokens: Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
-        min_new_tokens: int = SampleConfig.min_new_tokens,
-        long_prompt: str = "keep_tail",
-        **numeric: float,
-    ) -> "tuple[list[_Row], Iterator[list[str]]]":
-        """Rows to be, and the pieces of text that each call adds to them; all is checked here.
+        With `weights` and `cache_dtype` as this model has them, and room for a text of any length in its cache.
 
-        `numeric` are the fields of `generate.SamplingConfig` that go there as they are.
+        Args:
+            platforms: of "cpu", "cuda", "rocm", "tpu", whichever this machine has; none: the one it runs on.
         """
-        numeric = {name: getattr(SampleConfig, name) for name in NUMERIC} | numeric
-        check_sampling(
-            max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens, **numeric
-        )
-        bias = self._dense_bias(logit_bias or {})
-        if not 0 <= seed <= MAX_SEED:
-            raise InputError(f"seed ({seed}) must be at least 0 and at most {MAX_SEED}")
-        if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
-            raise InputError(f"stop_strings ({stop_strings!r}) must be texts of at least one character, in a list")
-        if stop_tokens is None:
-            stop_tokens = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-        elif not all(0 <= token < self.config.model.vocab_size for token in stop_tokens):
-            raise InputError(
-                f"stop_tokens ({[*stop_tokens]}) must be in the vocabulary (0 to {self.config.model.vocab_size - 1})"
-            )
-        if long_prompt not in ("keep_tail", "error"):
-            raise InputError(f"long_prompt ({long_prompt!r}) must be 'keep_tail' or 'error'")
-        texts, prompts = self._prompts(context)
-        cfg = self.config.model
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        if long_prompt == "error" and longest > cfg.block_size:
-            raise InputError(
-                f"a prompt of {longest} tokens is longer than block_size ({cfg.block_size}); shorten it, or "
-                "long_prompt='keep_tail' lets the model see its tail"
-            )
-        count = len(prompts) * num_samples
-        everywhere = functools.partial(np.full, count)
-        request = decoding.Request(
-            prompts=prompts,
-            numbers=[*range(num_samples)] * len(prompts),
-            sampling=generate.SamplingConfig(
-                top_k=everywhere(min(top_k or cfg.vocab_size, cfg.vocab_size), np.int32),
-                top_p=everywhere(1.0 if top_p is None else top_p, np.float32),
-                logit_bias=np.broadcast_to(bias, (count, cfg.vocab_size)),
-                min_new_tokens=everywhere(min_new_tokens, np.int32),
-                **{name: everywhere(value, np.float32) for name, value in numeric.items()},
-            ),
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            stop_tokens=[int(token) for token in stop_tokens],
-            num_samples=num_samples,
-            top_logprobs=top_logprobs,
-        )
-        rows = [
-            _Row(prompt, text, Continuation(self.tokenizer, prompt, stop_strings))
-            for text, prompt in zip(texts, prompts, strict=True)
-            for _ in range(num_samples)
-        ]
-        slides = not cfg.use_rope and longest + max_new_tokens > cfg.block_size
-        return rows, self._pieces(rows, request, slides=slides)
+        if not self.config.model.use_rope:
+            raise InputError("a model with learned positions can't be exported yet; its tokens move past block_size")
+        path = os.path.expanduser(path)
+        export.export(path, self._program(0), self._decode_params(), self.tokenizer, platforms=platforms)
 
-    def _pieces(self, rows: "list[_Row]", request: decoding.Request, *, slides: bool) -> Iterator[list[str]]:
-        if not rows or request.max_new_tokens == 0:
-            return
+    def _engine(self, length: int, draft: Any, draft_tokens: int) -> engine.ModelEngine:
+        self._check_draft(draft, draft_tokens, length)
+        program = self._program(length)
+        if draft is None or program.slides:  # past learned positions nothing is kept, and nothing gained by a guess
+            return engine.ModelEngine(program, self._decode_params())
+        if draft == "lookup":
+            return engine.ModelEngine(program, self._decode_params(), guesses=engine.Guesses(draft_tokens))
+        guesses = engine.Guesses(draft_tokens, draft._program(length))
+        params = draft._decode_params()
+        return engine.ModelEngine(program, self._decode_params(), guesses=guesses, draft_params=params)
+
+    def _program(self, length: int) -> engine.Program:
         cfg = self.config.model
         num_ids = min(self.tokenizer.vocab_size, cfg.vocab_size)
-        program = decoding.Program(cfg, num_ids, cache_dtype=self.cache_dtype, slides=slides)
-        for new in decoding.run(program, self._decode_params(), request):
-            yield [row.add(each, request.stop_tokens) for row, each in zip(rows, new, strict=True)]
-            request.stopped[:] = [row.continuation.is_stopped for row in rows]
-        yield [row.finish() for row in rows]
+        slides = not cfg.use_rope and length > cfg.block_size
+        return engine.Program(cfg, num_ids, cache_dtype=self.cache_dtype, slides=slides)
 
-    def _prompts(self, context: Any) -> tuple[list[str], list[list[int]]]:
-        """The text and the ids of each prompt; of a row of ids the text is what it stands for."""
-        if isinstance(context, str):
-            return [context], [self.encode_prompt(context)]
-        if not _is_texts(context):
-            prompts = self._checked_tokens(context).tolist()
-            return [self.tokenizer.decode(prompt) for prompt in prompts], prompts
-        prompts = []
-        for i, text in enumerate(context):
-            try:
-                prompts.append(self.encode_prompt(text))
-            except InputError as error:
-                raise InputError(f"prompt {i} of {len(context)}: {error}") from None
-        return list(context), prompts
+    def _check_draft(self, draft: Any, draft_tokens: int, length: int) -> None:
+        if not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
+            raise InputError(f"draft_tokens ({draft_tokens}) must be at least 1 and at most {MAX_DRAFT_TOKENS}")
+        if draft is None or draft == "lookup":
+            return
+        if not isinstance(draft, LanguageModel):
+            raise InputError(f"draft ({draft!r}) must be a LanguageModel or 'lookup'")
+        if draft.tokenizer.fingerprint() != self.tokenizer.fingerprint():
+            raise InputError("the draft has another tokenizer than this model; its tokens would mean something else")
+        cfg, own = draft.config.model, self.config.model
+        if cfg.vocab_size != own.vocab_size:
+            raise InputError(f"the draft has a vocab_size of {cfg.vocab_size}, this model of {own.vocab_size}")
+        if not cfg.use_rope and length > cfg.block_size:
+            raise InputError(
+                f"prompt and new tokens ({length}) are more than the draft's {cfg.block_size} learned positions"
+            )
 
     def _decode_params(self) -> model.Params:
         if self._laid_out is None or self._laid_out[0] is not self.params:
@@ -353,81 +171,6 @@ class LanguageModel:
             raise InputError(
                 f"{length} tokens are more than this model's {cfg.block_size} learned positions; give fewer"
             )
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids that `generate` continues, BOS included where the tokenizer says so."""
-        tokenizer = self.tokenizer
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = (begin if tokenizer.add_bos else []) + tokenizer.encode(text)
-        if not ids and not begin:
-            raise InputError(
-                "the prompt is empty and this tokenizer has no beginning-of-text token to start from; "
-                "give at least one character"
-            )
-        return ids or begin
-
-    def _dense_bias(self, logit_bias: Mapping[int, float]) -> Float[np.ndarray, "V"]:
-        bias = np.zeros(self.config.model.vocab_size, np.float32)
-        for token, value in logit_bias.items():
-            if not 0 <= token < len(bias):
-                raise InputError(f"logit_bias: token {token} is not in the vocabulary (0 to {len(bias) - 1})")
-            if math.isnan(value) or value == math.inf:
-                raise InputError(f"logit_bias of token {token} ({value}) must be a finite number, or -inf")
-            bias[token] = value
-        return bias
-
-    def _checked_tokens(self, tokens: Any) -> np.ndarray:
-        try:
-            tokens = np.asarray(tokens)
-        except ValueError:
-            raise InputError("tokens must be integers of shape [B, T], got rows of different lengths") from None
-        vocab_size = self.config.model.vocab_size
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise InputError(
-                f"tokens must be integers of shape [B, T], got {tokens.dtype} of shape {list(tokens.shape)}"
-            )
-        if tokens.size == 0:
-            raise InputError(f"tokens of shape {list(tokens.shape)} hold no token; give each row at least one")
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            worst = tokens.min() if tokens.min() < 0 else tokens.max()
-            raise InputError(f"token {worst} is not in the vocabulary (0 to {vocab_size - 1})")
-        return tokens.astype(np.int32)
-
-
-@dataclasses.dataclass
-class _Row:
-    """One row of `_start`, as it grows."""
-
-    prompt: list[int]
-    text: str  # the prompt's, as it was given: a tokenizer may not give it back exactly
-    continuation: Continuation
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    stop_reason: str = "length"
-
-    def add(self, new: decoding.NewTokens, stop_tokens: Sequence[int]) -> str:
-        piece = self.continuation.add(new.tokens)
-        count = self.continuation.num_tokens - len(self.tokens)
-        for field, values in zip(new._fields, new, strict=True):
-            getattr(self, field).extend(values[:count])
-        if self.continuation.is_stopped:
-            self.stop_reason = "stop_string"
-        elif self.tokens[-1] in stop_tokens:
-            self.stop_reason = "stop_token"
-        self.text += piece
-        return piece
-
-    def finish(self) -> str:
-        piece = self.continuation.finish()
-        if self.continuation.is_stopped:
-            self.stop_reason = "stop_string"
-        self.text += piece
-        return piece
-
-
-def _is_texts(context: Any) -> bool:
-    return isinstance(context, list | tuple) and all(isinstance(text, str) for text in context)
 
 
 @functools.partial(jax.jit, static_argnums=0)

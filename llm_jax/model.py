@@ -148,7 +148,8 @@ class Attention(nn.Module):
             q, k = (ops.rope(heads, positions, inv_freq, scale=scale) for heads in (q, k))
         if cache is None or isinstance(cache, ops.EmptyCache):
             # A window no shorter than the text is no window, and lets attention take its fastest path.
-            window = self.window if self.window < x.shape[1] else None
+            time = x.shape[1]  # of a program that is exported for any length it is no number
+            window = None if isinstance(time, int) and time <= self.window else self.window
             out = _attend(self.mesh, q, k, v, window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
             if cache is not None:
                 cache = ops.fill_cache(cache, k, v, jnp.max(positions, axis=1) + 1)
@@ -462,18 +463,16 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
     return Transformer(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int, *, dtype: Any = None, ahead: int = 0) -> Cache:
-    """An empty cache for `length` tokens a row, per layer no longer than its window.
+def init_cache(cfg: ModelConfig, batch: int, length: int, *, dtype: Any = None) -> Cache:
+    """An empty cache for `length` tokens a row, per layer no longer than its window; `batch` is the prompt's.
 
     Args:
         dtype: of keys and values, int8 included; None: compute_dtype.
-        ahead: how many tokens may be taken back: a windowed layer has as many more slots, so that what they pushed
-            out of the ring is not missed.
     """
     windows = layer_windows(cfg)
-    slots = [min(length, windows[layer % len(windows)] + ahead) for layer in range(cfg.n_layer)]
+    slots = [min(length, windows[layer % len(windows)]) for layer in range(cfg.n_layer)]
     dtype = cfg.compute_dtype if dtype is None else dtype
-    return tuple(ops.EmptyCache(batch, each, cfg.n_kv_head, cfg.head_dim, dtype) for each in slots)
+    return tuple(ops.EmptyCache(each, dtype) for each in slots)
 
 
 def grow_cache(cache: Cache, empty: Cache, *, pad: Callable[..., Array] = jnp.pad) -> Cache:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -76,16 +76,20 @@ class Commands:
         self._process.stdin.close()
         self._process.wait()
 
-    def start(self, name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> Process:
+    def start(
+        self, name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None, stdin: bytes = b""
+    ) -> Process:
         self._count += 1
+        typed = self._folder / f"{self._count}.in"
+        typed.write_bytes(stdin)
         stdout, stderr = (self._folder / f"{self._count}.{stream}" for stream in ("out", "err"))
         stdout.touch(), stderr.touch()
         request = dict(argv=[name, *map(str, arguments)], cwd=str(cwd), env=env or {})
-        pid = self._ask(**request, stdout=str(stdout), stderr=str(stderr))
+        pid = self._ask(**request, stdin=str(typed), stdout=str(stdout), stderr=str(stderr))
         return Process(self, pid, stdout, stderr)
 
-    def run(self, name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> Result:
-        return self.start(name, *arguments, cwd=cwd, env=env).wait()
+    def run(self, name: str, *arguments: str, cwd: Path, **how: Any) -> Result:
+        return self.start(name, *arguments, cwd=cwd, **how).wait()
 
     def _ask(self, **request: object) -> int | None:
         print(json.dumps(request), file=self._process.stdin, flush=True)
@@ -116,10 +120,11 @@ def _serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _become(argv: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str) -> None:
+def _become(argv: list[str], cwd: str, env: dict[str, str], stdin: str, stdout: str, stderr: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest in the background ignores it
-    for descriptor, path in ((0, os.devnull), (1, stdout), (2, stderr)):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    writes = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for descriptor, path, mode in ((0, stdin, os.O_RDONLY), (1, stdout, writes), (2, stderr, writes)):
+        file = os.open(path, mode)
         os.dup2(file, descriptor)
         os.close(file)
     sys.stdin = open(0)

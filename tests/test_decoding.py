@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import decode_weights, decoding, generate, model
+from llm_jax import decode_weights, decoding, engine, generate, model
 from llm_jax.config import freeze
 
 VOCAB = 40
@@ -17,7 +17,7 @@ def make(**values):
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)  # noqa: E731
     params = jax.tree.map(draw, model.param_shapes(cfg))
-    return decoding.Program(cfg, VOCAB), decode_weights.lay_out(cfg, params)
+    return engine.Program(cfg, VOCAB), decode_weights.lay_out(cfg, params)
 
 
 def request(prompts, *, max_new_tokens, num_samples=1, numbers=None, stop_tokens=(), top_logprobs=0, **sampling):
@@ -44,7 +44,7 @@ def request(prompts, *, max_new_tokens, num_samples=1, numbers=None, stop_tokens
 def continued(program, params, asked):
     """(new tokens of each row, how many each call added to the first)."""
     rows, sizes = [[] for _ in asked.stopped], []
-    for new in decoding.run(program, params, asked):
+    for new in decoding.run(engine.ModelEngine(program, params), asked):
         for row, each in zip(rows, new, strict=True):
             row += each.tokens
         sizes.append(len(new[0].tokens))
@@ -136,7 +136,7 @@ def test_a_row_that_the_host_stops_adds_nothing_and_its_neighbours_go_on():
     free, _ = continued(program, params, request(prompts_of(5, 9), max_new_tokens=60))
     asked = request(prompts_of(5, 9), max_new_tokens=60)
     rows = [[], []]
-    for calls, new in enumerate(decoding.run(program, params, asked)):
+    for calls, new in enumerate(decoding.run(engine.ModelEngine(program, params), asked)):
         for row, each in zip(rows, new, strict=True):
             row += each.tokens
         if calls == 1:
@@ -149,7 +149,7 @@ def test_logprobs_are_the_unmodified_models():
     prompt = prompts_of(5)
     asked = request(prompt, max_new_tokens=20, temperature=0.5, top_k=5, presence_penalty=1.0, top_logprobs=4)
     tokens, logprobs, tops = [], [], []
-    for [new] in decoding.run(program, params, asked):
+    for [new] in decoding.run(engine.ModelEngine(program, params), asked):
         tokens, logprobs, tops = tokens + new.tokens, logprobs + new.logprobs, tops + new.top_logprobs
     whole = jnp.asarray([prompt[0] + tokens])
     expected = jax.nn.log_softmax(model.Transformer(program.cfg).apply({"params": params}, whole)[0][0, 4:-1])
@@ -162,7 +162,7 @@ def test_logprobs_are_the_unmodified_models():
 def test_a_cache_in_int8_continues_nearly_alike():
     """Greedy, of logits that are far apart: int8 keys and values turn few of them around."""
     program, params = make()
-    small = decoding.Program(program.cfg, VOCAB, cache_dtype="int8")
+    small = engine.Program(program.cfg, VOCAB, cache_dtype="int8")
     asked = dict(max_new_tokens=30, temperature=0.0)
     exact, rounded = (continued(p, params, request(prompts_of(20, 7), **asked))[0] for p in (program, small))
     assert exact[0][:8] == rounded[0][:8]

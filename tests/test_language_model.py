@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import decoding, model
+from llm_jax import engine, model
 from llm_jax.config import freeze
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
@@ -240,7 +240,7 @@ def test_a_stream_is_generate_in_pieces_and_the_first_needs_no_second_call(lm, m
     def fail(*args, **kwargs):
         raise AssertionError("a second call")
 
-    monkeypatch.setattr(decoding, "_decode", fail)
+    monkeypatch.setattr(engine, "_decode", fail)
     [first] = lm.generate("the ", max_new_tokens=1, temperature=0.0)[4:]
     assert next(lm.stream("the ", max_new_tokens=40, temperature=0.0)) == first
 

@@ -44,7 +44,7 @@ def extras(setup):
 
 def test_extras(setup):
     names = {extra: {requirement.name for requirement in needed} for extra, needed in extras(setup).items()}
-    assert names["test"] == {"pytest", "pytest-xdist", "beartype", "hypothesis"}
+    assert names["test"] == {"pytest", "flatbuffers", "pytest-xdist", "beartype", "hypothesis"}
     assert names["parity"] >= {"torch", "transformers"}
     assert names.keys() >= {"test", "parity", "cuda12", "cuda13", "tpu", "notebooks"}
     for accelerator in ("cuda12", "cuda13", "tpu"):

@@ -1,6 +1,8 @@
 """`python -m llm_jax.sample` from outside: what it prints, and how it answers mistakes."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from llm_jax import config, model, pretrained, tokenizers
 from llm_jax.report import read_metrics
 
 
+SPEED = r"((> )?\d+ tokens: the first after \d+\.\d\d s(, then [\d,]+\.\d tokens/s)?\n)*(> )?"
+
+
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     started = Commands(tmp_path_factory.mktemp("commands"))
@@ -23,11 +28,11 @@ def commands(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sample(commands, tiny_run):
-    """`sample("--seed=1")`: the standard output of a command that succeeds, and tells nothing besides."""
+    """`sample("--seed=1")`: the standard output of a command that succeeds, and tells its speed besides."""
 
-    def run(*arguments, workdir=tiny_run):
-        result = commands.run("sample", f"--workdir={workdir}", *arguments, cwd=tiny_run)
-        assert (result.returncode, result.stderr) == (0, ""), result
+    def run(*arguments, workdir=tiny_run, stdin=b""):
+        result = commands.run("sample", f"--workdir={workdir}", *arguments, cwd=tiny_run, stdin=stdin)
+        assert result.returncode == 0 and re.fullmatch(SPEED, result.stderr), result
         return result.stdout
 
     return run
@@ -76,6 +81,57 @@ def test_flags_are_the_arguments_of_generate(sample, tiny_run):
     request = dict(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02, seed=5, min_new_tokens=3, **penalties)
     flags = [f"--{name}={value}" for name, value in request.items()]
     assert sample("--prompt=a cat", *flags) == llm_jax.load(tiny_run).generate("a cat", **request) + "\n"
+
+
+def test_flags_that_are_lists(sample, tiny_run):
+    lm = llm_jax.load(tiny_run)
+    request = dict(max_new_tokens=60, seed=2)
+    flags = ["--prompt=a cat", "--max_new_tokens=60", "--seed=2"]
+    plain = lm.generate("a cat", **request)
+    a, b = plain[15:17], plain[30]
+    assert sample(*flags, f"--stop={a}", "--stop=never") == plain[: plain.index(a, 5)] + "\n"
+    stopped = lm.generate("a cat", **request, stop_tokens=[ord(b), 7])
+    assert sample(*flags, f"--stop_tokens={ord(b)},7") == stopped + "\n"
+    assert sample(*flags, "--stop_tokens=") == lm.generate("a cat", **request, stop_tokens=()) + "\n"
+    bias = {32: float("-inf"), 97: 2.5}
+    assert sample(*flags, "--logit_bias=32:-inf,97:2.5") == lm.generate("a cat", **request, logit_bias=bias) + "\n"
+
+
+def test_flags_that_load(sample, tiny_run):
+    plain = sample("--prompt=the ", "--temperature=0")
+    assert sample("--prompt=the ", "--temperature=0", "--draft=lookup", "--draft_tokens=3") == plain
+    assert sample("--prompt=the ", "--temperature=0", f"--draft={tiny_run}") == plain
+    how = dict(weights="int8", cache_dtype="int8", rope_scaling="linear", rope_factor=2.0)
+    expected = llm_jax.load(tiny_run, **how).generate("the ", temperature=1.3)
+    assert sample("--prompt=the ", "--temperature=1.3", *(f"--{k}={v}" for k, v in how.items())) == expected + "\n"
+    assert expected + "\n" != sample("--prompt=the ", "--temperature=1.3")
+
+
+def test_a_prompt_in_a_file_or_on_standard_input(sample, tmp_path):
+    prompt = "the cat\nsees ☕\n"
+    (tmp_path / "prompt.txt").write_text(prompt)
+    expected = sample(f"--prompt={prompt}")
+    assert sample(f"--prompt_file={tmp_path}/prompt.txt") == expected
+    assert sample("--prompt_file=-", stdin=prompt.encode()) == expected
+
+
+def test_a_conversation_goes_on_with_what_was_said(sample, tiny_run):
+    lm = llm_jax.load(tiny_run)
+    first = lm.generate("the cat\n", max_new_tokens=20)
+    second = lm.generate(first + "\na dog\n", max_new_tokens=20)
+    shown = first.removeprefix("the cat\n") + "\n" + second.removeprefix(first + "\na dog\n") + "\n"
+    assert sample("--interactive", "--max_new_tokens=20", stdin=b"the cat\na dog\n") == shown
+
+
+def test_text_is_shown_as_it_comes(clean_env, tiny_run):
+    """A reader sees some of it while the rest is not there: by far the most of the time is after the first piece."""
+    request = ["--prompt=the ", "--max_new_tokens=4000", "--stop_tokens="]
+    command = [sys.executable, "-m", "llm_jax.sample", f"--workdir={tiny_run}", *request]
+    with subprocess.Popen(command, env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert os.read(process.stdout.fileno(), 10**6).startswith(b"the ")
+        sizes = [len(piece) for piece in iter(lambda: os.read(process.stdout.fileno(), 10**6), b"")]
+        assert process.wait() == 0
+    assert len(sizes) > 20 and sum(sizes) >= 4000
 
 
 def test_each_way_to_be_greedy(sample):
@@ -131,7 +187,7 @@ def test_a_terminal_without_unicode(run_python, tiny_run):
 def test_help(run_python):
     result = run_python("-m", "llm_jax.sample", "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    plain = "workdir step prompt max_new_tokens temperature top_k top_p seed num_samples long_prompt"
+    plain = "workdir step prompt max_new_tokens temperature top_k top_p seed num_samples long_prompt prompt_file stop"
     for flag in (plain + " min_p repetition_penalty presence_penalty frequency_penalty min_new_tokens").split():
         assert f"--{flag}:" in result.stdout
     assert "--[no]json:" in result.stdout
@@ -147,6 +203,7 @@ def folders(tiny_run, tmp_path_factory):
     (root / "run").symlink_to(tiny_run)
     (root / "empty").mkdir()
     (root / "file.txt").write_text("text\n")
+    (root / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     cfg, tokenizer = pretrained.read_config(tiny_run), tokenizers.byte_tokenizer()
     pretrained.write_run(root / "unsaved", cfg, tokenizer)
     pretrained.write_run(root / "saving", cfg, tokenizer)
@@ -198,6 +255,19 @@ MISTAKES = [
     (["--seed=4294967296"], ["seed", "4294967295"]),  # would be seed 0 again
     (["--long_prompt=cut"], ["long_prompt", "cut", "keep_tail|error"]),
     (["--topk=3"], ["--topk", "--top_k"]),
+    (["--prompt_file=nowhere.txt"], ["nowhere.txt", "can't be read"]),
+    (["--prompt_file=empty"], ["empty", "can't be read"]),
+    (["--prompt_file=latin.txt"], ["latin.txt", "UTF-8 (byte 3)"]),
+    (["--stop="], ["stop_strings", "at least one character"]),
+    (["--stop_tokens=a"], ["--stop_tokens (a)"]),
+    (["--stop_tokens=256"], ["stop_tokens ([256])", "0 to 255"]),
+    (["--logit_bias=3"], ["--logit_bias (3)", "13:-inf"]),
+    (["--logit_bias=300:1"], ["token 300"]),
+    (["--weights=int4"], ["weights", "int4"]),
+    (["--rope_factor=2"], ["rope_factor (2.0)", "rope_scaling (None)"]),
+    (["--draft=missing"], ["'missing'"]),
+    (["--draft=lookup", "--draft_tokens=0"], ["draft_tokens (0)"]),
+    (["--interactive", "--json"], ["--interactive", "--json"]),
     (["--config.model.n_embd=3"], ["--config.model.n_embd"]),
     (["def"], ["'def'", "--name=value"]),
 ]

@@ -2,6 +2,7 @@
 
 python -m llm_jax.bench train --config=configs/small.py [--config.group.key=value ...] [--target_loss=1.9]
 python -m llm_jax.bench attention [--shapes=B16T256N8H16,B4T1024N8H16] [--dtype=bfloat16]
+python -m llm_jax.bench decode --config=configs/smollm2_135m.py [--batch_sizes=1,8] [--new_tokens=64]
 
 Each contender is a process of its own. They take turns: a round times --steps steps of each (by default as many as
 take about 2.5 seconds) after one untimed, the next round goes backwards. Ours has huge pages, and in train devices,
@@ -26,6 +27,15 @@ with compiling, evaluating and saving.
 attention: causal attention forward and backward, each implementation of llm_jax.ops.attention beside torch's
 scaled_dot_product_attention; on a CPU also "auto by core", a device for each core, as narrow models train, where the
 batch divides among them. Temporary MiB is XLA's own plan of a device's memory beside arguments and results.
+
+decode: --new_tokens after --prompt_tokens of random ids, by random weights in model.compute_dtype: ours greedy, with
+top-k and top-p (other values in each row), and greedy by int8 weights; transformers' generate greedy, eager, compiled
+with a static cache, and that with its weights frozen into the program, which packs them once. Everything is compiled
+before it is timed.
+  tokens/s      all new tokens of the batch over the whole call, the prompt's time included.
+  ms a step     what each token after the first adds to the call.
+  of bandwidth  bytes of weights and of tokens in the cache that a step must read, over its time, over the bytes a
+                second that a product of a 512 MiB matrix with a vector reads here.
 """
 
 import importlib.metadata
@@ -44,14 +54,14 @@ from llm_jax.config_file import load_file, override
 from llm_jax.errors import InputError
 from llm_jax.progress import say
 
-COMMANDS = ("train", "attention")
+COMMANDS = ("train", "attention", "decode")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
-_CONFIG = absl_flags.DEFINE_string("config", None, "train: config file, such as configs/small.py.")
+_CONFIG = absl_flags.DEFINE_string("config", None, "train, decode: config file, such as configs/small.py.")
 _CHANGES = absl_flags.DEFINE_multi_string(
     flags.CONFIG_CHANGES,
     [],
-    "train: changes a key of the config, such as --config.train.batch_size=16; llm_jax/config.py lists them all.",
+    "train, decode: changes a key, such as --config.train.batch_size=16; llm_jax/config.py lists them all.",
 )
 _PEAK_FLOPS = absl_flags.DEFINE_float(
     "peak_flops",
@@ -67,8 +77,14 @@ _SHAPES = absl_flags.DEFINE_list(
     "attention: batch, length, heads and size of a head.",
 )
 _DTYPE = absl_flags.DEFINE_enum("dtype", "float32", DTYPES, "attention: of queries, keys and values.")
+_BATCH_SIZES = absl_flags.DEFINE_list("batch_sizes", ["1", "8", "64"], "decode: rows at a time.")
+_PROMPT_TOKENS = absl_flags.DEFINE_integer("prompt_tokens", 16, "decode: of each row.", lower_bound=1)
+_NEW_TOKENS = absl_flags.DEFINE_integer("new_tokens", 128, "decode: of each row.", lower_bound=2)
 _PEERS = absl_flags.DEFINE_enum(
-    "peers", "all", ["none", "eager", "compiled", "all"], "Which of PyTorch's forms; attention has one, eager."
+    "peers",
+    "all",
+    ["none", "eager", "compiled", "all"],
+    "Which of PyTorch's forms; attention has one, eager, and decode two compiled ones.",
 )
 _ROUNDS = absl_flags.DEFINE_integer("rounds", 5, "How often each is timed.", lower_bound=1)
 _STEPS = absl_flags.DEFINE_integer(
@@ -77,23 +93,28 @@ _STEPS = absl_flags.DEFINE_integer(
 
 # Flags that only one command reads: given to another, they would do nothing.
 OWNERS = {
-    "config": "train",
-    flags.CONFIG_CHANGES: "train",
-    "peak_flops": "train",
-    "target_loss": "train",
-    "shapes": "attention",
-    "dtype": "attention",
+    "config": ("train", "decode"),
+    flags.CONFIG_CHANGES: ("train", "decode"),
+    "peak_flops": ("train",),
+    "target_loss": ("train",),
+    "shapes": ("attention",),
+    "dtype": ("attention",),
+    "batch_sizes": ("decode",),
+    "prompt_tokens": ("decode",),
+    "new_tokens": ("decode",),
+    "steps": ("train", "attention"),
 }
 
 
 def main(command: str) -> None:
-    for name, owner in OWNERS.items():
-        if absl_flags.FLAGS[name].present and owner != command:
-            raise InputError(f"--{name} belongs to bench {owner}, and does nothing for bench {command}")
+    for name, owners in OWNERS.items():
+        if absl_flags.FLAGS[name].present and command not in owners:
+            known = " and ".join(owners)
+            raise InputError(f"--{name} belongs to bench {known}, and does nothing for bench {command}")
     load = _load_average()
     if load is not None and load > 0.25 * os.cpu_count():
         say(f"load average {load:.1f}: others use this machine, and figures taken beside them say little")
-    result = {"train": _train, "attention": _attention}[command]()
+    result = {"train": _train, "attention": _attention, "decode": _decode}[command]()
     print(json.dumps(result | {"hardware": _hardware(), "load_average": load, "versions": _versions()}))
 
 
@@ -122,6 +143,28 @@ def _attention() -> dict[str, Any]:
     shapes = [attention.parse_shape(text) for text in _SHAPES.value or [""]]
     timing = dict(rounds=_ROUNDS.value, steps=_STEPS.value)
     return attention.measure(shapes, dtype=_DTYPE.value, peers=_PEERS.value != "none", **timing)
+
+
+def _decode() -> dict[str, Any]:
+    if not _CONFIG.value:
+        raise InputError("no --config given; for example --config=configs/smollm2_135m.py")
+    batch_sizes = [int(text) if text.isdecimal() else 0 for text in _BATCH_SIZES.value or [""]]
+    if not all(batch_sizes):
+        raise InputError(f"--batch_sizes ({','.join(_BATCH_SIZES.value)}) must be numbers from 1 up, such as 1,8")
+    config = load_file(_CONFIG.value)
+    override(config, _CHANGES.value)
+    with flags.importing():
+        from llm_jax.bench import decoding, training
+
+    peers = {"none": (), "all": tuple(decoding.PEERS), "compiled": ("compiled", "frozen")}
+    return decoding.measure(
+        training.with_vocabulary(config),
+        peers=peers.get(_PEERS.value, (_PEERS.value,)),
+        batch_sizes=batch_sizes,
+        prompt_tokens=_PROMPT_TOKENS.value,
+        new_tokens=_NEW_TOKENS.value,
+        rounds=_ROUNDS.value,
+    )
 
 
 def _hardware() -> str:

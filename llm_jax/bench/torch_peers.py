@@ -179,6 +179,49 @@ class Training:
         return self._memory.peak()
 
 
+class Decoding:
+    """transformers' `generate`, greedy, of a model of our shape; compiled: with a static cache."""
+
+    def __init__(self, cfg: Config, platform: str, threads: int, prompt_tokens: int, compiled: bool) -> None:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self._torch, self._device = torch, _device(torch, platform)
+        torch.set_num_threads(threads)
+        self._model = build(cfg.model).to(self._device, getattr(torch, cfg.model.compute_dtype)).eval()
+        self._settings = {"cache_implementation": "static"} if compiled else {}
+        if compiled:
+            # For each batch size anew: by default the second would get slower code, for any size.
+            self._model.forward = torch.compile(self._model.forward, fullgraph=True, dynamic=False)
+        self._vocab_size, self._prompt_tokens = cfg.model.vocab_size, prompt_tokens
+
+    def time(self, batch: int, new_tokens: int, steps: int) -> float:
+        self._run(batch, new_tokens)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._run(batch, new_tokens)
+        return time.perf_counter() - start
+
+    def _run(self, batch: int, new_tokens: int) -> None:
+        generator = self._torch.Generator().manual_seed(0)
+        shape = (batch, self._prompt_tokens)
+        tokens = self._torch.randint(0, self._vocab_size, shape, generator=generator).to(self._device)
+        with self._torch.inference_mode():
+            out = self._model.generate(
+                tokens,
+                attention_mask=self._torch.ones_like(tokens),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+                **self._settings,
+            )
+        assert out.shape[1] == self._prompt_tokens + new_tokens
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+
+
 class Attention:
     """torch's SDPA, causal, forward and backward."""
 

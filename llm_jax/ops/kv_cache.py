@@ -50,10 +50,7 @@ class EmptyCache:
     """A cache of `length` slots that is known to be empty when a program is traced, so that the prompt which fills
     it need not look into it. `dtype` int8: quantized."""
 
-    batch: int
-    length: int
-    n_kv_head: int
-    head_dim: int
+    length: Any  # an int, or the symbol that stands for one in a program that is exported for any length
     dtype: Any
 
 

@@ -69,13 +69,13 @@ def decode_linear(x: Float[Array, "*B D"], matrix: DecodeWeight) -> Float[Array,
     if matrix.scale is None:
         out = _by_outputs(matrix.weight, rows, jnp.float32, jax.lax.Precision.HIGHEST)
     else:
-        count = len(rows)
+        count = rows.shape[0]
         rows, scale = _int8_rows(rows)
         # XLA's CPU backend has an int8 kernel for two rows and more: 9 instead of 140 ms for 106 million weights.
-        rows = jnp.pad(rows, ((0, max(0, 2 - count)), (0, 0)))
+        rows = jnp.pad(rows, ((0, 0 if isinstance(count, int) and count > 1 else 1), (0, 0)))
         out = _by_outputs(matrix.weight, rows, jnp.int32, None)[:count]
         out = out.astype(jnp.float32) * scale[:, None] * matrix.scale
-    return out.reshape(*lead, len(matrix.weight))
+    return out.reshape(*lead, matrix.weight.shape[0])
 
 
 def decode_embed(tokens: Int[Array, "*B"], matrix: DecodeWeight) -> Float[Array, "*B D"]:

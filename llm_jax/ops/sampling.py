@@ -165,7 +165,7 @@ def _lanes(x: Array) -> Array:
     """[..., V] -> [..., blocks, LANES], with zeros after the last."""
     padding = -x.shape[-1] % LANES
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-    return x.reshape(*x.shape[:-1], -1, LANES)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // LANES, LANES)
 
 
 def _sum(x: Array) -> Array:

@@ -27,8 +27,8 @@ def text(length, batch=2, seed=0):
     return [rng.standard_normal((batch, length, n, HEAD_DIM)).astype(np.float32) for n in heads]
 
 
-def empty(slots, batch=2, dtype=jnp.float32):
-    return EmptyCache(batch, slots, KV_HEADS, HEAD_DIM, dtype)
+def empty(slots, dtype=jnp.float32):
+    return EmptyCache(slots, dtype)
 
 
 def full_attention(q, k, v, window):
@@ -91,7 +91,7 @@ def test_ragged_rows_equal_single_rows(slots, window):
     """Rows of 7, 3 and 1 tokens prefilled together, then decoded at their own positions; the second stands still."""
     lengths = np.array([7, 3, 1])
     q, k, v = text(12, batch=3)
-    cache = fill_cache(empty(slots, batch=3), k[:, :7], v[:, :7], lengths)
+    cache = fill_cache(empty(slots), k[:, :7], v[:, :7], lengths)
     expected = full_attention(q, k, v, window)
     for size in (1, 1, 2, 1):
         positions = lengths[:, None] + np.arange(size)

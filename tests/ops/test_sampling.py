@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from llm_jax.ops import draw, masked_draw, min_p_mask, penalize, top_k_mask, top_p_mask
 
@@ -196,7 +197,7 @@ def exact_probabilities(logits, *, top_k, top_p, min_p):
 @pytest.mark.parametrize("setting", SETTINGS, ids=NAMES)
 def test_masked_draw_has_the_exact_distribution(setting):
     """Chi-squared over 100,000 draws; the tokens expected less than 10 times count as one."""
-    stats = pytest.importorskip("scipy.stats", reason="scipy not installed")
+
     rng, n, size = np.random.default_rng(3), 100_000, 400
     logits = (rng.standard_normal(size) * 1.5).astype(np.float32)
     uniform = jax.random.uniform(jax.random.key(7), (n,))
