@@ -97,6 +97,39 @@ def test_attention_beside_torch(bench):
     assert "B1T128N2H8 (2 of 2) round 2/2" in told and "x of SDPA" in told
 
 
+DECODE = [f"--config={TINY}", *SMALLER, "--config.data.tokenizer=byte", "--batch_sizes=1,3", "--rounds=2"]
+LENGTHS = ["--prompt_tokens=4", "--new_tokens=12"]
+
+
+def check_decode(result, told, names):
+    assert result.keys() == SHARED_KEYS | {"prompt_tokens", "new_tokens", "batches", "config"}
+    assert [each["batch_size"] for each in result["batches"]] == [1, 3]
+    for each in result["batches"]:
+        assert [*each["contenders"]] == names and len(each["bytes_per_second"]) == 2
+        for name, of in each["contenders"].items():
+            assert len(of["seconds"]) == len(of["first_token_seconds"]) == 2 and min(of["seconds"]) > 0
+            assert of["tokens_per_second"] > 0 and ("share_of_bandwidth" in of) == name.startswith("llm_jax")
+        exact, rounded = (each["contenders"][name]["bytes_per_step"] for name in ("llm_jax", "llm_jax int8"))
+        cfg = freeze(result["config"]).model
+        # All parameters, which are tied, and keys and values of 4 + 12 / 2 tokens.
+        cache = each["batch_size"] * 10 * 2 * cfg.n_kv_head * cfg.head_dim * cfg.n_layer * 4
+        assert exact == 4 * model.count_params(cfg)[0] + cache and cache < rounded < exact
+    assert "of bandwidth" in told and "batch 3 round 2/2" in told
+
+
+def test_decode_alone(bench):
+    result, told = bench("decode", *DECODE, *LENGTHS, "--peers=none")
+    check_decode(result, told, ["llm_jax", "llm_jax top-k top-p", "llm_jax int8"])
+    assert result["left_out"] == {}
+
+
+@pytest.mark.slow
+def test_decode_beside_transformers(bench):
+    torch_or_skip("torch", "transformers")
+    result, told = bench("decode", *DECODE, *LENGTHS, "--peers=eager")
+    check_decode(result, told, ["llm_jax", "llm_jax top-k top-p", "llm_jax int8", "transformers eager"])
+
+
 HIDE_TORCH = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
@@ -207,6 +240,13 @@ MISTAKES = [
     (["train", "attention"], ["'attention'", "--name=value"]),
     (["train"], ["no --config", "--config=configs/small.py"]),
     (["train", "--config=missing.py"], ["missing.py"]),
+    (["decode"], ["no --config", "--config=configs/smollm2_135m.py"]),
+    (["decode", *TRAIN[1:], "--batch_sizes=1,x"], ["--batch_sizes (1,x)"]),
+    (["decode", *TRAIN[1:], "--batch_sizes=0"], ["--batch_sizes (0)"]),
+    (["decode", *TRAIN[1:], "--new_tokens=1"], ["new_tokens", "1"]),
+    (["decode", *TRAIN[1:], "--new_tokens=5000"], ["--new_tokens (16 + 5000)", "block_size"]),
+    (["decode", *TRAIN[1:], "--steps=3"], ["--steps belongs to bench train and attention"]),
+    (["train", *TRAIN[1:], "--batch_sizes=1"], ["--batch_sizes belongs to bench decode"]),
     ([*TRAIN, "--config.model.n_embd=7"], ["model.n_embd (7)", "model.n_head"]),
     ([*TRAIN, "--config.model.n_emb=8"], ["model.n_emb", "model.n_embd"]),
     ([*TRAIN, "--config.data.tokenizer=char"], ["characters", "--config.model.vocab_size=65"]),

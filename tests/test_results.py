@@ -23,7 +23,8 @@ from statistics import median
 
 import pytest
 
-from llm_jax import model, pretrained
+import llm_jax
+from llm_jax import corpus, model, pretrained
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -83,9 +84,28 @@ def test_small(clean_env, tmp_path):
         "small",
         [{"seconds": seconds, "gibibytes": gibibytes, **last, "by_four": by_four, "deep": deep, "defs": defs}],
     )
+    rounded = {weights: bits_per_byte(workdir, weights) for weights in (None, "int8")}
+    loss = rounded["int8"] - rounded[None]
+    report(
+        "int8",
+        "`configs/small.py`'s run with `weights=\"int8\"`: what rounding costs",
+        f"{loss:+.4f} bits per byte over 64 windows of the validation split",
+        "small",
+        [{"float32": rounded[None], "int8": rounded["int8"]}],
+    )
+    assert loss < 0.01
     assert gibibytes < 4
     assert seconds < 1.5 * 360  # two free cores must need six minutes at most; these may be shared
     assert by_four >= 0.8 and deep >= 1 / 3 and defs >= 10
+
+
+def bits_per_byte(workdir: Path, weights: str | None) -> float:
+    """Of 64 windows spread over the validation split, by `score`."""
+    lm = llm_jax.load(workdir, weights=weights)
+    val, length = corpus.prepare(lm.config.data).val, lm.config.model.block_size
+    windows = [val[start : start + length].tolist() for start in range(0, len(val) - length, len(val) // 64)]
+    num_bytes = sum(lm.tokenizer.token_bytes()[window[1:]].sum() for window in windows)
+    return -sum(lm.score(window).sum() for window in windows) / math.log(2) / num_bytes
 
 
 ADAMW = "model.qk_norm=False optim.name=adamw optim.schedule=cosine optim.final_lr=None optim.warmup_steps=100"
@@ -369,6 +389,33 @@ def test_bench_attention(clean_env):
         [result],
     )
     assert many < 1.5 * few
+
+
+def test_bench_decode(clean_env):
+    """Beside transformers' generate at SmolLM2's 135M shape."""
+    flags = ("--config=configs/smollm2_135m.py", "--batch_sizes=1,8", "--new_tokens=64", "--rounds=3")
+    result = bench(clean_env, "decode", *flags)
+    figures = []
+    for each in result["batches"]:
+        of = each["contenders"]
+        ours, batch = of["llm_jax"], each["batch_size"]
+        beside = ", ".join(
+            f"{median(of[name]['speedup_of_llm_jax']):.2f} x {name}" for name in of if name.startswith("transformers")
+        )
+        masks, rounded = (median(of[f"llm_jax {name}"]["speedup_of_llm_jax"]) for name in ("top-k top-p", "int8"))
+        figures.append(
+            f"batch {batch}: {ours['tokens_per_second']:.1f} tokens/s, {median(ours['share_of_bandwidth']):.0%} of "
+            f"the read bandwidth ({median(each['bytes_per_second']) / 1e9:.1f} GB/s), first token after "
+            f"{1000 * median(ours['first_token_seconds']):.0f} ms, {beside}; with top-k and top-p {masks:.2f} times "
+            f"the time, with int8 weights {1 / rounded:.2f} x as fast"
+        )
+    report(
+        "bench_decode",
+        "Generating 64 tokens after 16, SmolLM2's 135M shape, f32, beside transformers' `generate`",
+        "; ".join(figures),
+        "bench_decode",
+        [result],
+    )
 
 
 TEMPORARY_BYTES = """

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 from test_decoding import VOCAB, continued, make, prompts_of, request
 
 import llm_jax
-from llm_jax import decoding, engine, generate, speculative
+from llm_jax import decoding, engine, generate, model, speculative
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.tokenizers import char_tokenizer
@@ -101,6 +102,42 @@ def rounds_of(noise, **settings):
     run = jax.jit(functools.partial(speculative.speculate, every, params, propose=propose, rounds=4, guesses=4))
     after, _, _ = run(state=state, rows=rows, known=draft_cache)
     return np.asarray(after.lengths - state.lengths) / 4
+
+
+@pytest.mark.parametrize("noise", [0.05, 10.0])
+def test_the_distribution_is_the_models(noise):
+    """Of the second new token, which is the first that a guess may be: chi-squared over 20,000 rows of one prompt."""
+    program, params = make(n_layer=1)
+    apply_fn, init_cache = program.functions()
+    rows = generate.Rows(
+        jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(20_000)),
+        jnp.full(20_000, 4),
+        jnp.full(20_000, 6),
+        generate.SamplingConfig(jnp.full(20_000, 2.5), jnp.full(20_000, VOCAB), jnp.ones(20_000)),
+        jnp.full(1, -1),
+    )
+    prompt = jnp.asarray(prompts_of(4))
+    every, _ = engine.Program(program.cfg, VOCAB, verifies=True).functions()
+
+    @jax.jit
+    def second(params, draft_params):
+        state, _ = generate.prefill(apply_fn, params, prompt, rows, init_cache(1, 16), num_samples=20_000)
+        _, cache = apply_fn(draft_params, prompt, jnp.arange(4)[None], init_cache(1, 16))
+        cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, 20_000, axis=0), cache)
+        propose = speculative.by_draft(apply_fn, draft_params, rows, 2)
+        return speculative.speculate(every, params, state, rows, propose, cache, rounds=1, guesses=2)[2].tokens[:, 0]
+
+    counts = np.bincount(second(params, draft_of(params, noise)), minlength=VOCAB)
+    texts = jnp.concatenate([jnp.tile(prompt, (VOCAB, 1)), jnp.arange(VOCAB)[:, None]], axis=1)
+    logits = model.Transformer(program.cfg).apply({"params": params}, texts)[0]
+    first, then = (np.asarray(jax.nn.softmax(x / 2.5), np.float64) for x in (logits[0, 3], logits[:, 4]))
+    expected = 20_000 * first @ then
+    often = expected >= 5
+    seen = np.array([*counts[often], counts[~often].sum()])
+    wanted = np.array([*expected[often], expected[~often].sum()])
+    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
+    assert len(wanted) > 10
+    assert ((seen - wanted) ** 2 / wanted).sum() < stats.chi2.ppf(0.999, len(wanted) - 1)
 
 
 def test_right_guesses_are_kept():

@@ -64,7 +64,6 @@ def measure(
                 reason = str(error)
         left_out[name] = reason
         say(f"{name} is left out: {reason}")
-    bandwidth = ours.call("bytes_per_second")
     measured = []
     for batch in batch_sizes:
         contenders, first = [], {}
@@ -76,7 +75,9 @@ def measure(
                 contenders = [each for each in contenders if each.name != name]
                 left_out[f"{name} at batch {batch}"] = str(error)
                 say(f"{name} is left out at batch {batch}: {error}")
-        alternate([*contenders, *first.values()], rounds, what=f"batch {batch} ")
+        stream = Contender("read stream", ours, "read stream", batch, new_tokens)
+        alternate([*contenders, *first.values(), stream], rounds, what=f"batch {batch} ")
+        bytes_per_second = [4 * STREAMED / seconds for seconds in stream.seconds]
         facts = {}
         for contender in contenders:
             of_first = first[contender.name]
@@ -93,9 +94,13 @@ def measure(
             }
             if contender.name in OURS:
                 read = ours.call("bytes_per_step", contender.name, batch, new_tokens)
-                share = read / statistics.median(per_token) / bandwidth
-                facts[contender.name] |= {"bytes_per_step": read, "share_of_bandwidth": share}
-        measured.append({"batch_size": batch, "contenders": facts})
+                facts[contender.name] |= {
+                    "bytes_per_step": read,
+                    "share_of_bandwidth": [
+                        read / seconds / fastest for seconds, fastest in zip(per_token, bytes_per_second, strict=True)
+                    ],
+                }
+        measured.append({"batch_size": batch, "bytes_per_second": bytes_per_second, "contenders": facts})
     say(_table(measured))
     return {
         "bench": "decode",
@@ -103,7 +108,6 @@ def measure(
         "threads": cpu.cores(),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "bytes_per_second": bandwidth,
         "batches": measured,
         "left_out": left_out,
         "config": as_dict(cfg),
@@ -121,7 +125,7 @@ def _table(measured: Sequence[dict[str, Any]]) -> str:
                     f"{of['tokens_per_second']:,.1f}",
                     f"{1000 * statistics.median(of['first_token_seconds']):,.1f}",
                     f"{1000 * statistics.median(of['step_seconds']):,.1f}",
-                    f"{of['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in of else "-",
+                    f"{statistics.median(of['share_of_bandwidth']):.0%}" if "share_of_bandwidth" in of else "-",
                     "" if name == OURS[0] else f"{statistics.median(of['speedup_of_llm_jax']):.2f} x as fast",
                 )
             )
@@ -141,12 +145,14 @@ class Ours:
             name: decode_weights.lay_out(cfg.model, params, int8=name == "llm_jax int8")
             for name in ("llm_jax", "llm_jax int8")
         }
-        self._device = jax.devices()[0]
+        self._device, self._stream = jax.devices()[0], None
 
     def device(self) -> dict[str, Any]:
         return {"platform": self._device.platform, "kind": self._device.device_kind, "count": 1}
 
     def time(self, variant: str, batch: int, new_tokens: int, steps: int) -> float:
+        if variant == "read stream":
+            return self._read(steps)
         self._run(variant, batch, new_tokens)
         start = time.perf_counter()
         for _ in range(steps):
@@ -190,13 +196,13 @@ class Ours:
         seen = [min(self._prompt_tokens + new_tokens / 2, window) for window in model.layer_windows(cfg)]
         return weights + batch * one * sum(seen) * cfg.n_layer / len(seen)
 
-    def bytes_per_second(self) -> float:
-        """The fastest of some products of a large matrix with a vector."""
-        matrix, vector = jnp.ones((STREAMED // 4096, 4096)), jnp.ones(4096)
-        product = jax.jit(lambda matrix, vector: matrix @ vector)
-        seconds = []
-        for _ in range(10):
-            start = time.perf_counter()
+    def _read(self, times: int) -> float:
+        """Seconds of that many products of a large matrix with a vector."""
+        if self._stream is None:
+            self._stream = jnp.ones((STREAMED // 4096, 4096)), jnp.ones(4096), jax.jit(jnp.matmul)
+        matrix, vector, product = self._stream
+        jax.block_until_ready(product(matrix, vector))
+        start = time.perf_counter()
+        for _ in range(times):
             jax.block_until_ready(product(matrix, vector))
-            seconds.append(time.perf_counter() - start)
-        return matrix.nbytes / min(seconds)
+        return time.perf_counter() - start
