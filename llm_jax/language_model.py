@@ -93,7 +93,8 @@ class LanguageModel(TextModel):
         tokens[: len(ids)] = ids
         if not self.config.model.use_rope:
             tokens = tokens[: self.config.model.block_size]
-        return np.asarray(_score(self.config.model, self._inference_params(), tokens))[: len(ids) - 1]
+        program = self._program(0)
+        return np.asarray(_score(program.cfg, program.num_ids, self._inference_params(), tokens))[: len(ids) - 1]
 
     def save(self, path: str | Path) -> None:
         """Writes a run's folder that `load` opens: config.json, tokenizer.json and one checkpoint.
@@ -181,13 +182,14 @@ def _logits(cfg: ModelConfig, params: model.Params, tokens: Int[Array, "B T"]) -
 SCORED = 128  # positions whose logits are held at a time
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(cfg: ModelConfig, params: model.Params, tokens: Int[Array, "T"]) -> Float[Array, "T-1"]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(cfg: ModelConfig, num_ids: int, params: model.Params, tokens: Int[Array, "T"]) -> Float[Array, "T-1"]:
     hidden, output, _ = model.Transformer(cfg).apply({"params": params}, tokens[None], method="hidden")
 
     def logprob(position: tuple[Array, Array]) -> Array:
         hidden, target = position
         logits = model.output_logits(cfg, hidden[None, None], output)[0, 0]
+        logits = jnp.where(jnp.arange(cfg.vocab_size) < num_ids, logits, -jnp.inf)  # as when generating
         return logits[target] - jax.nn.logsumexp(logits)
 
     return jax.lax.map(logprob, (hidden[0, :-1], tokens[1:]), batch_size=SCORED)

@@ -40,7 +40,7 @@ class TextModel:
         self._vocab_size, self._block_size = vocab_size, block_size
 
     def _engine(self, length: int, draft: Any, draft_tokens: int) -> decoding.Engine:
-        """For texts of at most `length` tokens, prompt included; checks the draft. Nothing is computed yet."""
+        """For texts of at most `length` tokens, prompt included; checks the draft. Nothing is generated yet."""
         raise NotImplementedError
 
     def generate(
@@ -148,7 +148,7 @@ class TextModel:
         """
         if not isinstance(prompt, str):
             raise InputError(f"a stream continues one text, got {type(prompt).__name__}")
-        rows, pieces = self.start(prompt, **settings)
+        rows, pieces = self.start(prompt, num_samples=1, top_logprobs=0, **settings)
         return (piece for [piece] in pieces if piece)
 
     def _generate(self, context: Any, **settings: Any) -> "list[Row]":

@@ -80,6 +80,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn():
     out = padded.generate(np.array([[65, 66]] * 4), max_new_tokens=50)
     assert out.max() < 256
     assert padded.logits(out).shape[-1] == 300
+    [sample] = padded.generate_detailed(out[:1, :2], max_new_tokens=10)
+    np.testing.assert_allclose(padded.score([*out[0, :2].tolist(), *sample.tokens])[1:], sample.logprobs, atol=1e-4)
 
 
 def test_logits(lm):

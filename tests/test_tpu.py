@@ -5,6 +5,7 @@ changes what jax.devices() tries first. Not marked slow, though it takes minutes
 """
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from llm_jax import config, data, generate, language_model, programs, sharding
+from llm_jax import config, data, decode_weights, engine, generate, programs, sharding
 from llm_jax.config_file import load_file
 
 if importlib.util.find_spec("libtpu") is None:
@@ -100,31 +101,44 @@ def test_initialisation(compiled):
     check(compiled[0].lower().compile())
 
 
-@pytest.mark.parametrize("slide", [False, True], ids=["cached", "sliding"])
-def test_sampler(cfg, mesh, compiled, slide):
-    if slide:  # what learned positions need past the context
+@pytest.mark.parametrize("how", ["cached", "int8", "sliding", "guessing"])
+def test_sampler(cfg, mesh, compiled, how):
+    """Prefill and decoding of two rows; sliding is what learned positions need past the context."""
+    if how == "sliding":
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, use_rope=False))
-    init = programs.make_programs(cfg, mesh, np.ones(1, np.int32))[0] if slide else compiled[0]
-    rows = jax.ShapeDtypeStruct((2,), np.int32), jax.ShapeDtypeStruct((2,), np.float32)
-    arguments = (
-        jax.eval_shape(init).params,
-        jax.ShapeDtypeStruct((2, 16), np.int32),
-        rows[0],
-        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2)),
-        generate.SamplingConfig(
-            top_k=rows[0],
-            min_new_tokens=rows[0],
-            logit_bias=jax.ShapeDtypeStruct((2, cfg.model.vocab_size), np.float32),
-            **dict.fromkeys(("temperature", "top_p", "min_p"), rows[1]),
-            **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), rows[1]),
-        ),
+    init = programs.make_programs(cfg, mesh, np.ones(1, np.int32))[0] if how == "sliding" else compiled[0]
+    there = functools.partial(on, sharding.replicated(mesh))
+    program = engine.Program(
+        cfg.model, cfg.model.vocab_size, cache_dtype="int8" if how == "int8" else None, slides=how == "sliding"
     )
-    lowered = language_model._generate.lower(
-        cfg.model,
-        *on(sharding.replicated(mesh), arguments),
-        num_ids=cfg.model.vocab_size,
-        max_new_tokens=cfg.sample.max_new_tokens,
-        slide=slide,
-        stop_tokens=(0,),
+    lay_out = functools.partial(decode_weights.lay_out, cfg.model, int8=how == "int8")
+    params = there(jax.eval_shape(lay_out, jax.eval_shape(init).params))
+    ints, floats = jax.ShapeDtypeStruct((2,), np.int32), jax.ShapeDtypeStruct((2,), np.float32)
+    sampling = generate.SamplingConfig(
+        top_k=ints,
+        min_new_tokens=ints,
+        logit_bias=jax.ShapeDtypeStruct((2, cfg.model.vocab_size), np.float32),
+        **dict.fromkeys(("temperature", "top_p", "min_p"), floats),
+        **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), floats),
     )
-    check(lowered.compile())
+    arguments = there(
+        (
+            jax.ShapeDtypeStruct((2, 128), np.int32),
+            ints,
+            ints,
+            jax.ShapeDtypeStruct((), np.uint32),
+            jax.ShapeDtypeStruct((2,), np.uint32),
+            sampling,
+            jax.ShapeDtypeStruct((8,), np.int32),
+        )
+    )
+    each = dict(num_samples=1, top_logprobs=0)
+    check(engine._prefill.lower(program, params, *arguments, **each).compile())
+    rows, state, _ = jax.eval_shape(functools.partial(engine._prefill, program, **each), params, *arguments)
+    state, rows, stopped = there((state, rows, jax.ShapeDtypeStruct((2,), np.bool_)))
+    if how == "guessing":
+        text = there(jax.ShapeDtypeStruct((2, 128), np.int32))
+        shared = (program, engine.Guesses(4), params, None, state, rows, stopped, text)
+        check(engine._speculate.lower(*shared, rounds=3, top_logprobs=0).compile())
+    else:
+        check(engine._decode.lower(program, params, state, rows, stopped, length=16, top_logprobs=0).compile())
