@@ -11,14 +11,20 @@ CONTEXT, LONGEST = 8, 64
 
 
 class Continuation:
-    """What follows `prompt`, given back in pieces that no later token changes."""
+    """What follows `prompt`, given back in pieces that no later token changes.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
+    is_text: the prompt is of whole characters; otherwise its last one may be unfinished, and is then given too.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = (), *, is_text: bool = True
+    ) -> None:
         self.num_tokens = 0  # up to the one that completed a stop string
         self.is_stopped = False
         self._tokenizer, self._stop_strings = tokenizer, stop_strings
         self._ids = list(prompt[-CONTEXT:])
-        self._decoded = len(self._complete())  # of the text of _ids, how much is in _held or given
+        # Of the text of _ids, how much is in _held or given.
+        self._decoded = len(tokenizer.decode(self._ids) if is_text else self._complete())
         self._held = ""  # known, but it may be the beginning of a stop string
 
     def add(self, ids: Sequence[int]) -> str:

@@ -19,10 +19,10 @@ def lay_out(cfg: ModelConfig, params: model.Params, *, int8: bool = False) -> mo
     int8: matrices rounded to int8, each output by its own scale. Embeddings that are tied to the output are one
     matrix, with nothing copied where their dtype is the compute dtype.
     """
-    laid_out = {name: tree for name, tree in params.items() if name != "blocks"}
+    laid_out = {name: jax.tree.map(jnp.asarray, tree) for name, tree in params.items() if name != "blocks"}
     laid_out["embed"] = laid_out["embed"] | {"tokens": _quantized_or_cast(cfg, int8, laid_out["embed"]["tokens"])}
     if "lm_head" in params:
-        laid_out["lm_head"] = {"weight": _quantized_or_cast(cfg, int8, params["lm_head"]["weight"])}
+        laid_out["lm_head"] = {"weight": _quantized_or_cast(cfg, int8, laid_out["lm_head"]["weight"])}
     laid_out["blocks"] = tuple(_layer(cfg, int8, params["blocks"], layer) for layer in range(cfg.n_layer))
     return laid_out
 

@@ -40,6 +40,7 @@ def export(
         InputError: a platform that is none; the folder holds an export already; flatbuffers is not installed.
     """
     path = Path(path)
+    platforms = [platforms] if isinstance(platforms, str) else [*platforms]
     for platform in platforms:
         if platform not in PLATFORMS:
             raise InputError(f"platforms ({platform!r}) must be of {', '.join(PLATFORMS)}")

@@ -71,6 +71,11 @@ class ExportedModel(TextModel):
         super().__init__(tokenizer, vocab_size=facts["vocab_size"], block_size=facts["block_size"])
         self._exported = engine
 
+    def start(self, context: Any, *, top_logprobs: int = 0, **settings: Any) -> Any:
+        if top_logprobs:
+            raise InputError(f"top_logprobs ({top_logprobs}): an exported model has no place for them; leave it out")
+        return super().start(context, **settings)
+
     def _engine(self, length: int, draft: Any, draft_tokens: int) -> decoding.Engine:
         if draft is not None:
             raise InputError(f"draft ({draft!r}): an exported model guesses nothing; leave it out")
@@ -99,8 +104,6 @@ class ExportedEngine:
         ends: Int[np.ndarray, "B"],
         request: decoding.Request,
     ) -> tuple[Any, generate.State, generate.Drawn]:
-        if request.top_logprobs:
-            raise InputError(f"top_logprobs ({request.top_logprobs}): an exported model has no place for them")
         kept = {
             "starts": starts,
             "ends": ends,

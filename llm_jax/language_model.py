@@ -37,7 +37,8 @@ def load(
         dtype: of parameters and computation, "float32" or "bfloat16"; None: as it was trained.
         weights: "int8": `generate` multiplies by weights rounded to int8, each output's row with a scale of its own,
             and rounds what it multiplies too; `logits` and `score` do as well. None: as they are.
-        cache_dtype: of keys and values of earlier tokens, "float32", "bfloat16" or "int8"; None: `dtype`.
+        cache_dtype: of keys and values of earlier tokens, "float32", "bfloat16" or "int8"; None: `dtype`. Where
+            prompts and new tokens of a list outgrow learned positions, nothing is kept, nor rounded so.
         rope_scaling, rope_factor: lets the model see that many times its block_size, by "linear", "ntk", "llama3" or
             "yarn".
 

@@ -98,6 +98,8 @@ def main() -> None:
     )
     if _INTERACTIVE.value and (_JSON.value or _NUM_SAMPLES.value > 1 or _PROMPT_FILE.value == "-"):
         raise InputError("--interactive shows one text as it comes: without --json, --num_samples, --prompt_file=-")
+    if absl_flags.FLAGS["prompt"].present and _PROMPT_FILE.value is not None:
+        raise InputError(f"--prompt and --prompt_file ({_PROMPT_FILE.value}) both give the prompt; leave one out")
     prompt = _PROMPT.value if _PROMPT_FILE.value is None else _read(_PROMPT_FILE.value)
     with flags.importing():
         from llm_jax.cache import cache_folder, keep_compiled_programs
@@ -149,8 +151,12 @@ def _converse(language_model: Any, text: str, settings: dict[str, Any]) -> None:
         if not line:
             return
         start, first = time.monotonic(), None
+        try:
+            rows, pieces = language_model.start(text + line, **settings)
+        except InputError as error:  # of this line alone
+            say(f"error: {error}")
+            continue
         text += line
-        rows, pieces = language_model.start(text, **settings)
         try:
             for [piece] in pieces:
                 first = first or time.monotonic()

@@ -1,7 +1,9 @@
 """Text from whatever continues tokens: prompts, settings and stop strings in; text, pieces of it, details out."""
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,14 +12,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llm_jax import decoding, generate
-from llm_jax.config import MAX_SEED, SampleConfig, check_sampling
-from llm_jax.continuation import Continuation
+from llm_jax.config import MAX_SEED, SampleConfig, check_sampling, whole_number
+from llm_jax.continuation import UNKNOWN, Continuation
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import Tokenizer
 
 # Fields of generate.SamplingConfig that settings of `generate` become as they are.
 NUMERIC = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 DRAFT_TOKENS = 4
+MAX_BIAS = 1e30
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray
 
@@ -38,6 +41,7 @@ class TextModel:
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, block_size: int) -> None:
         self.tokenizer = tokenizer
         self._vocab_size, self._block_size = vocab_size, block_size
+        self._num_ids = min(tokenizer.vocab_size, vocab_size)  # ids from there on stand for no text
 
     def _engine(self, length: int, draft: Any, draft_tokens: int) -> decoding.Engine:
         """For texts of at most `length` tokens, prompt included; checks the draft. Nothing is generated yet."""
@@ -86,7 +90,8 @@ class TextModel:
                 tail (with rope: all of it, through a window of block_size). "error": InputError.
             draft: what guesses `draft_tokens` tokens ahead, which are then read all at once (speculative decoding):
                 a smaller model of the same tokenizer, or "lookup": what followed where the text had the same end
-                before. It changes the time, not the text: a guess is kept where this model draws the same.
+                before. It changes the time, not the text: a guess is kept where this model draws the same. Nothing is
+                guessed where a text outgrows learned positions.
 
         Raises:
             InputError: a value outside its range, a token outside the vocabulary, an empty prompt for a
@@ -126,17 +131,17 @@ class TextModel:
     ) -> list[Sample]:
         """`num_samples` continuations of each prompt, all of the first prompt's before the second's, with details.
 
-        The first of a prompt is what `generate` makes of it. The prompt is read once for all of them.
+        The first of a prompt is what `generate` makes of it. The prompt is read once for all of them (by an exported
+        model for each).
 
         Args:
             top_logprobs: how many of the likeliest tokens are told with each token.
             settings: of `generate`.
         """
-        if num_samples < 1:
+        if whole_number("num_samples", num_samples) < 1:
             raise InputError(f"num_samples ({num_samples}) must be 1 or more")
-        vocab_size = self._vocab_size
-        if not 0 <= top_logprobs <= vocab_size:
-            raise InputError(f"top_logprobs ({top_logprobs}) must be at least 0 and at most {vocab_size}")
+        if not 0 <= whole_number("top_logprobs", top_logprobs) <= self._num_ids:
+            raise InputError(f"top_logprobs ({top_logprobs}) must be at least 0 and at most {self._num_ids}")
         rows = self._generate(context, num_samples=num_samples, top_logprobs=top_logprobs, **settings)
         return [Sample(row.text, row.tokens, row.logprobs, row.top_logprobs, row.stop_reason) for row in rows]
 
@@ -182,21 +187,32 @@ class TextModel:
 
         `numeric` are the fields of `generate.SamplingConfig` that go there as they are.
         """
+        if unknown := numeric.keys() - set(NUMERIC):
+            name = sorted(unknown)[0]
+            near = difflib.get_close_matches(name, inspect.signature(self.generate).parameters, 1)
+            raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         numeric = {name: getattr(SampleConfig, name) for name in NUMERIC} | numeric
         check_sampling(
             max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens, **numeric
         )
-        bias = self._dense_bias(logit_bias or {})
+        for name, value in (("seed", seed), ("num_samples", num_samples), ("top_logprobs", top_logprobs)):
+            whole_number(name, value)
+        whole_number("draft_tokens", draft_tokens)
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed ({seed}) must be at least 0 and at most {MAX_SEED}")
-        if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
+        if isinstance(stop_strings, str):
+            raise InputError(f"stop_strings ({stop_strings!r}) must be a list of texts")
+        stop_strings = [*stop_strings]
+        if not all(isinstance(stop, str) and stop for stop in stop_strings):
             raise InputError(f"stop_strings ({stop_strings!r}) must be texts of at least one character, in a list")
         if stop_tokens is None:
             stop_tokens = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-        elif not all(0 <= token < self._vocab_size for token in stop_tokens):
-            raise InputError(
-                f"stop_tokens ({[*stop_tokens]}) must be in the vocabulary (0 to {self._vocab_size - 1})"
-            )
+        if isinstance(stop_tokens, int):
+            raise InputError(f"stop_tokens ({stop_tokens}) must be a list of ids")
+        stop_tokens = [whole_number("stop_tokens", token) for token in stop_tokens]
+        if not all(0 <= token < self._vocab_size for token in stop_tokens):
+            raise InputError(f"stop_tokens ({stop_tokens}) must be in the vocabulary (0 to {self._vocab_size - 1})")
+        bias = self._dense_bias(logit_bias or {}, never=stop_tokens if min_new_tokens else ())
         if long_prompt not in ("keep_tail", "error"):
             raise InputError(f"long_prompt ({long_prompt!r}) must be 'keep_tail' or 'error'")
         texts, prompts = self._prompts(context)
@@ -221,21 +237,22 @@ class TextModel:
             ),
             seed=seed,
             max_new_tokens=max_new_tokens,
-            stop_tokens=[int(token) for token in stop_tokens],
+            stop_tokens=stop_tokens,
             num_samples=num_samples,
             top_logprobs=top_logprobs,
         )
+        is_text = isinstance(context, str) or _is_texts(context)
         rows = [
-            Row(prompt, text, Continuation(self.tokenizer, prompt, stop_strings))
+            Row(prompt, text, Continuation(self.tokenizer, prompt, stop_strings, is_text=is_text))
             for text, prompt in zip(texts, prompts, strict=True)
             for _ in range(num_samples)
         ]
         return rows, self._pieces(rows, request, engine)
 
     def _pieces(self, rows: "list[Row]", request: decoding.Request, engine: decoding.Engine) -> Iterator[list[str]]:
-        if not rows or request.max_new_tokens == 0:
+        if not rows:
             return
-        for new in decoding.run(engine, request):
+        for new in decoding.run(engine, request) if request.max_new_tokens else ():
             yield [row.add(each, request.stop_tokens) for row, each in zip(rows, new, strict=True)]
             request.stopped[:] = [row.continuation.is_stopped for row in rows]
         yield [row.finish() for row in rows]
@@ -246,7 +263,8 @@ class TextModel:
             return [context], [self.encode_prompt(context)]
         if not _is_texts(context):
             prompts = self._checked_tokens(context).tolist()
-            return [self.tokenizer.decode(prompt) for prompt in prompts], prompts
+            # A last character may go on in the continuation, which then has all of it.
+            return [self.tokenizer.decode(prompt).removesuffix(UNKNOWN) for prompt in prompts], prompts
         prompts = []
         for i, text in enumerate(context):
             try:
@@ -267,14 +285,23 @@ class TextModel:
             )
         return ids or begin
 
-    def _dense_bias(self, logit_bias: Mapping[int, float]) -> Float[np.ndarray, "V"]:
+    def _dense_bias(self, logit_bias: Mapping[int, float], *, never: Sequence[int]) -> Float[np.ndarray, "V"]:
+        """By token; `never` are those that may not be drawn anyway, and some other token must be left."""
         bias = np.zeros(self._vocab_size, np.float32)
         for token, value in logit_bias.items():
+            whole_number("logit_bias: token", token)
             if not 0 <= token < len(bias):
                 raise InputError(f"logit_bias: token {token} is not in the vocabulary (0 to {len(bias) - 1})")
-            if math.isnan(value) or value == math.inf:
-                raise InputError(f"logit_bias of token {token} ({value}) must be a finite number, or -inf")
+            if not (value == -math.inf or abs(value) <= MAX_BIAS):
+                raise InputError(
+                    f"logit_bias of token {token} ({value}) must be -inf, or finite and at most {MAX_BIAS:.0e}"
+                )
             bias[token] = value
+        allowed = bias[: self._num_ids] > -np.inf
+        allowed[[token for token in never if token < self._num_ids]] = False
+        if not allowed.any():
+            besides = " besides stop_tokens, which min_new_tokens holds up" if len(never) else ""
+            raise InputError(f"logit_bias forbids every token{besides}; leave at least one")
         return bias
 
     def _checked_tokens(self, tokens: Any) -> np.ndarray:

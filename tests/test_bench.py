@@ -117,6 +117,7 @@ def check_decode(result, told, names):
     assert "of bandwidth" in told and "batch 3 round 2/2" in told
 
 
+@pytest.mark.slow
 def test_decode_alone(bench):
     result, told = bench("decode", *DECODE, *LENGTHS, "--peers=none")
     check_decode(result, told, ["llm_jax", "llm_jax top-k top-p", "llm_jax int8"])

@@ -100,6 +100,7 @@ def test_programs_for_other_platforms(lm, tmp_path):
 
 def test_what_cannot_be_is_one_line(lm, folder, tmp_path):
     assert "'metal'" in error_of(lm.export, tmp_path / "x", platforms=["metal"])
+    assert "'metal'" in error_of(lm.export.__func__.__wrapped__, lm, tmp_path / "x", platforms="metal")
     assert "already" in error_of(lm.export, folder)
     assert not (tmp_path / "x").exists()
     exported = llm_jax.load_exported(folder)

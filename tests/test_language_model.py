@@ -3,6 +3,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -27,6 +28,14 @@ def build(tokenizer, **values) -> LanguageModel:
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
     return LanguageModel(cfg, jax.tree.map(draw, model.param_shapes(cfg.model)), tokenizer)
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations, which only tests check, are not in the way of values of the wrong kind."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +215,13 @@ def test_details_of_several_prompts_come_prompt_by_prompt(lm):
     assert rows[0].text.startswith("th") and len(rows[0].tokens) == 5
 
 
+def test_an_iterator_of_stops_is_a_list(lm, unchecked):
+    request = dict(max_new_tokens=40, seed=2)
+    for name, values in (("stop_strings", ["e", "a "]), ("stop_tokens", [101, 97])):
+        stream = lm.stream("the ", **request, **{name: iter(values)})
+        assert "the " + "".join(stream) == lm.generate("the ", **request, **{name: values})
+
+
 def test_stop_reasons(lm, bpe):
     assert ends_at_once(bpe).generate_detailed("the ", max_new_tokens=5)[0][1:] == (
         [bpe.tokenizer.eos_id], [0.0], [{}], "stop_token"
@@ -315,6 +331,9 @@ def test_stretched_positions_see_more(lm, tiny_run):
         (dict(rope_scaling="linear"), "rope_factor (None)"),
         (dict(rope_factor=2.0), "rope_scaling (None)"),
         (dict(rope_scaling="linear", rope_factor=0.5), "rope_factor (0.5)"),
+        (dict(rope_scaling="linear", rope_factor=1.0), "rope_factor (1.0)"),
+        (dict(rope_scaling="linear", rope_factor=math.inf), "rope_factor (inf)"),
+        (dict(rope_scaling="linear", rope_factor=math.nan), "rope_factor (nan)"),
         (dict(rope_scaling="stretch", rope_factor=2.0), "'stretch'"),
     ],
     ids=str,
@@ -416,16 +435,63 @@ def test_learned_positions_go_on_past_block_size():
         (dict(max_new_tokens=-1), "max_new_tokens (-1)"),
         (dict(long_prompt="cut"), "long_prompt ('cut')"),
         (dict(stop_strings=["a", ""]), "stop_strings (['a', ''])"),
+        (dict(temperature=1e39), "temperature (1e+39)"),
+        (dict(presence_penalty=1e39), "presence_penalty (1e+39)"),
+        (dict(frequency_penalty=-1e38), "frequency_penalty (-1e+38)"),
+        (dict(repetition_penalty=1e-38), "repetition_penalty (1e-38)"),
+        (dict(logit_bias={70: 1e39}), "token 70 (1e+39)"),
+        (dict(logit_bias=dict.fromkeys(range(256), -math.inf)), "forbids every token"),
+        (
+            dict(logit_bias={i: -math.inf for i in range(256) if i != 5}, stop_tokens=[5], min_new_tokens=4),
+            "besides stop_tokens",
+        ),
+
         (dict(stop_strings="a"), "stop_strings ('a')"),
         (dict(stop_tokens=[256]), "stop_tokens"),
         (dict(stop_tokens=[-1]), "stop_tokens"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_request_out_of_range_is_one_line_with_the_value(lm, request_, words):
     for context in ("the ", ["the "], np.array([[1, 2]])):
         assert words in error_of(lm.generate, context, **request_)
     assert words in error_of(lm.generate_detailed, "the ", num_samples=2, **request_)
+
+
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        (dict(top_k=2.5), "top_k (2.5)"),
+        (dict(seed=1.5), "seed (1.5)"),
+        (dict(max_new_tokens=2.5), "max_new_tokens (2.5)"),
+        (dict(min_new_tokens=1.5), "min_new_tokens (1.5)"),
+        (dict(draft="lookup", draft_tokens=2.5), "draft_tokens (2.5)"),
+        (dict(stop_tokens=[1.5]), "stop_tokens (1.5)"),
+        (dict(stop_tokens=5), "stop_tokens (5)"),
+        (dict(logit_bias={1.5: 2.0}), "token (1.5)"),
+        (dict(temperature=None), "temperature (None)"),
+    ],
+    ids=str,
+)
+def test_a_request_of_the_wrong_kind_is_one_line(lm, unchecked, request_, words):
+    assert words in error_of(lm.generate, "the ", **request_)
+
+
+def test_an_unknown_setting_is_named(lm):
+    with pytest.raises(TypeError, match="'temprature'; did you mean 'temperature'"):
+        lm.generate_detailed("the ", temprature=1.0)
+
+
+def test_rows_that_end_within_a_character(lm):
+    """Its last byte comes with the continuation; the row's text is that of all its ids."""
+    for row, next_ in (([0xE2, 0x82], 0xAC), ([97, 0xE2], 65), ([0xEF, 0xBF, 0xBD], 65), ([97, 0xE2], 0xE2)):
+        bias = {i: -math.inf for i in range(256) if i != next_}
+        for max_new_tokens in (0, 1, 3):
+            [sample] = lm.generate_detailed([row], max_new_tokens=max_new_tokens, logit_bias=bias)
+            assert sample.text == lm.tokenizer.decode([*row, *[next_] * max_new_tokens])
+    assert lm.generate("x\ufffd", max_new_tokens=2, logit_bias=bias | {65: 0.0}).count("\ufffd") >= 1
+    only_a = {i: -math.inf for i in range(256) if i != 65}
+    assert lm.generate("x\ufffd", max_new_tokens=2, logit_bias=only_a) == "x\ufffdAA"
 
 
 @pytest.mark.parametrize(

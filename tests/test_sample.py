@@ -123,6 +123,15 @@ def test_a_conversation_goes_on_with_what_was_said(sample, tiny_run):
     assert sample("--interactive", "--max_new_tokens=20", stdin=b"the cat\na dog\n") == shown
 
 
+def test_a_conversation_survives_a_mistake(commands, tiny_run):
+    flags = ["--interactive", "--max_new_tokens=5", "--long_prompt=error"]
+    typed = f"{'x' * 40}\nthe cat\n".encode()
+    result = commands.run("sample", f"--workdir={tiny_run}", *flags, cwd=tiny_run, stdin=typed)
+    assert result.returncode == 0 and "error: a prompt of 41 tokens" in result.stderr
+    text = llm_jax.load(tiny_run).generate("the cat\n", max_new_tokens=5)
+    assert result.stdout == text.removeprefix("the cat\n") + "\n"
+
+
 def test_text_is_shown_as_it_comes(clean_env, tiny_run):
     """A reader sees some of it while the rest is not there: by far the most of the time is after the first piece."""
     request = ["--prompt=the ", "--max_new_tokens=4000", "--stop_tokens="]
@@ -256,6 +265,7 @@ MISTAKES = [
     (["--long_prompt=cut"], ["long_prompt", "cut", "keep_tail|error"]),
     (["--topk=3"], ["--topk", "--top_k"]),
     (["--prompt_file=nowhere.txt"], ["nowhere.txt", "can't be read"]),
+    (["--prompt_file=file.txt", "--prompt=a"], ["--prompt and --prompt_file (file.txt)"]),
     (["--prompt_file=empty"], ["empty", "can't be read"]),
     (["--prompt_file=latin.txt"], ["latin.txt", "UTF-8 (byte 3)"]),
     (["--stop="], ["stop_strings", "at least one character"]),
