@@ -170,9 +170,10 @@ def _converse(language_model: Any, text: str, settings: dict[str, Any]) -> None:
 
 
 def _tell_speed(rows: list[Any], start: float, first: float | None) -> None:
-    if first is None:
+    count = sum(len(row.tokens) for row in rows)
+    if not count:
         return
-    count, seconds = sum(len(row.tokens) for row in rows), time.monotonic() - first
+    seconds = time.monotonic() - first
     speed = f", then {(count - len(rows)) / seconds:,.1f} tokens/s" if count > len(rows) else ""
     say(f"{count} tokens: the first after {first - start:.2f} s{speed}")
 
