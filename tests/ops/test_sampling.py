@@ -177,7 +177,7 @@ SETTINGS = [
     dict(top_k=99_999, top_p=0.6, min_p=0.0),
     dict(top_k=99_999, top_p=1.0, min_p=0.2),
     dict(top_k=20, top_p=0.8, min_p=0.05),
-    dict(top_k=300, top_p=0.95, min_p=0.0),  # more than the candidates
+    dict(top_k=150, top_p=0.95, min_p=0.0),  # more than the candidates
 ]
 NAMES = [",".join(f"{k}={v}" for k, v in each.items()) for each in SETTINGS]
 
@@ -198,7 +198,7 @@ def exact_probabilities(logits, *, top_k, top_p, min_p):
 def test_masked_draw_has_the_exact_distribution(setting):
     """Chi-squared over 100,000 draws; the tokens expected less than 10 times count as one."""
 
-    rng, n, size = np.random.default_rng(3), 100_000, 400
+    rng, n, size = np.random.default_rng(3), 100_000, 200
     logits = (rng.standard_normal(size) * 1.5).astype(np.float32)
     uniform = jax.random.uniform(jax.random.key(7), (n,))
     tokens = jax.jit(masked_draw)(jnp.broadcast_to(logits, (n, size)), uniform, **setting)
@@ -212,8 +212,8 @@ def test_masked_draw_has_the_exact_distribution(setting):
     assert ((seen - wanted) ** 2 / wanted).sum() < stats.chi2.ppf(0.999, len(wanted) - 1)
 
 
-@pytest.mark.parametrize("size", [5, 128, 1000, 49_152])
-@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])  # nearly uniform: no candidates are enough
+# Nearly uniform, no candidates are enough.
+@pytest.mark.parametrize("size, spread", [(5, 1.0), (128, 1.0), (1000, 0.01), (1000, 8.0), (49_152, 1.0)])
 def test_masked_draw_is_the_masks_and_the_draw(size, spread):
     """One call with every setting as a row, some within the candidates and some not."""
     rng = np.random.default_rng(size)
