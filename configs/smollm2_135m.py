@@ -1,9 +1,9 @@
 """The shape of SmolLM2 135M: 30 layers, 576 wide, 9 heads over 3 key/value heads, context 8192.
 
 python -m llm_jax.bench decode --config=configs/smollm2_135m.py
-python -m llm_jax.main --config=configs/smollm2_135m.py --config.data.path=FOLDER --config.data.tokenizer=tokenizer.json
+python -m llm_jax.main --config=configs/smollm2_135m.py --config.data.path=FOLDER --config.data.tokenizer=FILE
 
-FOLDER holds text; tokenizer.json is SmolLM2's, or any other of at most 49,152 ids.
+FOLDER holds text; FILE is a tokenizer.json, SmolLM2's, or any other of at most 49,152 ids.
 Parameters: 134,515,008, 106,203,456 without embeddings.
 Hardware: trains on one accelerator of 24 GB with attention's memory linear in the context; decodes on two CPU cores.
 Time, score: how fast it decodes is in the README's table; training not yet run.

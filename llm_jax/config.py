@@ -246,16 +246,17 @@ def for_inference(cfg: Config, *, dtype: str | None, rope_scaling: str | None, r
     if rope_scaling is not None:
         if m.rope_scaling is not None:
             raise InputError(f"this model has rope_scaling {m.rope_scaling!r} already; leave rope_scaling out")
-        if not m.block_size < round(m.block_size * min(rope_factor, MAX_NEW_TOKENS)) <= MAX_NEW_TOKENS:
+        stretched = m.block_size * rope_factor
+        if not m.block_size + 1 <= stretched <= MAX_NEW_TOKENS:
             raise InputError(
-                f"rope_factor ({rope_factor}) times block_size ({m.block_size}) must be more than it and at most "
+                f"rope_factor ({rope_factor}) times block_size ({m.block_size}) must be from {m.block_size + 1} to "
                 f"{MAX_NEW_TOKENS}"
             )
         changes |= {
             "rope_scaling": rope_scaling,
             "rope_factor": rope_factor,
             "rope_original_length": m.block_size,
-            "block_size": round(m.block_size * rope_factor),
+            "block_size": round(stretched),
         }
     return dataclasses.replace(cfg, model=_model(dataclasses.replace(m, **changes)))
 

@@ -9,7 +9,7 @@ import pytest
 from commands import REPOSITORY, Commands
 
 from llm_jax import config, model
-from llm_jax.bench import contenders, torch_peers, training
+from llm_jax.bench import contenders, llama_cpp, torch_peers, training
 from llm_jax.config import MLPS, freeze
 from llm_jax.cpu import cores
 from llm_jax.errors import InputError
@@ -129,6 +129,19 @@ def test_decode_beside_transformers(bench):
     torch_or_skip("torch", "transformers")
     result, told = bench("decode", *DECODE, *LENGTHS, "--peers=eager")
     check_decode(result, told, ["llm_jax", "llm_jax top-k top-p", "llm_jax int8", "transformers eager"])
+
+
+@pytest.mark.slow
+def test_decode_beside_llama_cpp(bench):
+    for package in ("xllamacpp", "gguf"):
+        pytest.importorskip(package, reason=f"{package} not installed")
+    # Q8_0 has blocks of 32 weights.
+    values = "data.tokenizer=bpe data.vocab_size=512 model.n_embd=32 model.mlp_dim=64".split()
+    larger = [f"--config.{value}" for value in values]
+    result, told = bench("decode", *DECODE, *larger, *LENGTHS, "--peers=llama_cpp")
+    names = ["llm_jax", "llm_jax top-k top-p", "llm_jax int8", "llama.cpp", "llama.cpp Q8_0"]
+    check_decode(result, told, names)
+    assert result["left_out"] == {} and "xllamacpp" in result["versions"]
 
 
 HIDE_TORCH = """
@@ -258,12 +271,14 @@ MISTAKES = [
     ([*TRAIN, "--config.model.attention=cudnn"], ["model.attention ('cudnn')", "auto"]),
     ([*TRAIN, "--rounds=0"], ["rounds", "0"]),
     ([*TRAIN, "--steps=0"], ["steps", "0"]),
-    ([*TRAIN, "--peers=nanogpt"], ["peers", "nanogpt", "none|eager|compiled|all"]),
+    ([*TRAIN, "--peers=nanogpt"], ["peers", "nanogpt", "none|eager|compiled|llama_cpp|all"]),
     ([*TRAIN, "--peak_flops=0"], ["peak_flops", "0"]),
     ([*TRAIN, "--dtype=bfloat16"], ["--dtype", "bench attention", "bench train"]),
     (["attention", f"--config={TINY}"], ["--config", "bench train", "bench attention"]),
     (["attention", "--config.model.n_embd=8"], ["--config.", "bench train"]),
     (["attention", "--peers=compiled"], ["--peers", "compiled", "eager"]),
+    (["attention", "--peers=llama_cpp"], ["--peers (llama_cpp)", "eager"]),
+    ([*TRAIN, "--peers=llama_cpp"], ["--peers (llama_cpp)", "doesn't train", "eager"]),
     (["attention", "--dtype=float16"], ["dtype", "float16"]),
     (["attention", "--shapes=16x256"], ["'16x256'", "B16T256N8H16"]),
     (["attention", "--shapes=B0T256N8H16"], ["'B0T256N8H16'"]),
@@ -322,6 +337,25 @@ def test_a_peer_has_our_shape(values):
 def test_what_no_peer_has_is_named(values, named):
     told = torch_peers.inexpressible(freeze({"model": values}).model)
     assert named in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        (dict(use_bias=True), "model.use_bias (True)"),
+        (dict(use_rmsnorm=False), "model.use_rmsnorm (False)"),
+        (dict(mlp="geglu"), "model.mlp (geglu)"),
+        (dict(compute_dtype="bfloat16"), "model.compute_dtype (bfloat16)"),
+        (dict(layer_types=("sliding",), window=8), "model.window (8)"),
+        (dict(vocab_size=64), "model.vocab_size (64)"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_llama_cpp_has_not_is_named(values, named, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "missing", lambda *packages, extra: None)
+    told = llama_cpp.obstacle(freeze({"model": dict(vocab_size=512) | values}).model)
+    assert named in told and "\n" not in told
+    assert llama_cpp.obstacle(freeze({"model": dict(vocab_size=512)}).model) is None
 
 
 def test_every_mlp_has_a_name_in_transformers():

@@ -392,26 +392,33 @@ def test_bench_attention(clean_env):
 
 
 def test_bench_decode(clean_env):
-    """Beside transformers' generate at SmolLM2's 135M shape."""
+    """Beside transformers' generate and llama.cpp at SmolLM2's 135M shape."""
     flags = ("--config=configs/smollm2_135m.py", "--batch_sizes=1,8", "--new_tokens=64", "--rounds=3")
     result = bench(clean_env, "decode", *flags)
     figures = []
     for each in result["batches"]:
         of = each["contenders"]
         ours, batch = of["llm_jax"], each["batch_size"]
-        beside = ", ".join(
-            f"{median(of[name]['speedup_of_llm_jax']):.2f} x {name}" for name in of if name.startswith("transformers")
-        )
-        masks, rounded = (median(of[f"llm_jax {name}"]["speedup_of_llm_jax"]) for name in ("top-k top-p", "int8"))
+
+        def times_as_fast(mine, theirs, of=of):
+            pairs = zip(of[mine]["seconds"], of[theirs]["seconds"], strict=True)
+            return median(their / our for our, their in pairs)
+
+        in_8_bits = "llama.cpp Q8_0"
+        peers = [name for name in of if not name.startswith("llm_jax") and name != in_8_bits]
+        beside = ", ".join(f"{times_as_fast('llm_jax', name):.2f} x {name}" for name in peers)
+        rounded = f"with int8 weights {times_as_fast('llm_jax int8', 'llm_jax'):.2f} x as fast"
+        if in_8_bits in of:
+            rounded += f", {times_as_fast('llm_jax int8', in_8_bits):.2f} x {in_8_bits}"
         figures.append(
             f"batch {batch}: {ours['tokens_per_second']:.1f} tokens/s, {median(ours['share_of_bandwidth']):.0%} of "
             f"the read bandwidth ({median(each['bytes_per_second']) / 1e9:.1f} GB/s), first token after "
-            f"{1000 * median(ours['first_token_seconds']):.0f} ms, {beside}; with top-k and top-p {masks:.2f} times "
-            f"the time, with int8 weights {1 / rounded:.2f} x as fast"
+            f"{1000 * median(ours['first_token_seconds']):.0f} ms, {beside}; with top-k and top-p "
+            f"{times_as_fast('llm_jax top-k top-p', 'llm_jax') ** -1:.2f} times the time, {rounded}"
         )
     report(
         "bench_decode",
-        "Generating 64 tokens after 16, SmolLM2's 135M shape, f32, beside transformers' `generate`",
+        "Generating 64 tokens after 16, SmolLM2's 135M shape, f32, beside transformers' `generate` and llama.cpp",
         "; ".join(figures),
         "bench_decode",
         [result],

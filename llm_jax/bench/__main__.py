@@ -30,8 +30,9 @@ batch divides among them. Temporary MiB is XLA's own plan of a device's memory b
 
 decode: --new_tokens after --prompt_tokens of random ids, by random weights in model.compute_dtype: ours greedy, with
 top-k and top-p (other values in each row), and greedy by int8 weights; transformers' generate greedy, eager, compiled
-with a static cache, and that with its weights frozen into the program, which packs them once. Everything is compiled
-before it is timed.
+with a static cache, and that with its weights frozen into the program, which packs them once; where xllamacpp is
+installed and the config is a Llama in float32, llama.cpp, and that with its matrices in 8 bits. Everything is
+compiled before it is timed.
   tokens/s      all new tokens of the batch over the whole call, the prompt's time included.
   ms a step     what each token after the first adds to the call.
   of bandwidth  bytes of weights and of tokens in the cache that a step must read, over its time, over the bytes a
@@ -39,6 +40,7 @@ before it is timed.
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -55,7 +57,7 @@ from llm_jax.errors import InputError
 from llm_jax.progress import say
 
 COMMANDS = ("train", "attention", "decode")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "xllamacpp")
 
 _CONFIG = absl_flags.DEFINE_string("config", None, "train, decode: config file, such as configs/small.py.")
 _CHANGES = absl_flags.DEFINE_multi_string(
@@ -83,8 +85,8 @@ _NEW_TOKENS = absl_flags.DEFINE_integer("new_tokens", 128, "decode: of each row.
 _PEERS = absl_flags.DEFINE_enum(
     "peers",
     "all",
-    ["none", "eager", "compiled", "all"],
-    "Which of PyTorch's forms; attention has one, eager, and decode two compiled ones.",
+    ["none", "eager", "compiled", "llama_cpp", "all"],
+    "Beside PyTorch's forms, of which attention has one, eager, and decode two compiled ones; in decode llama.cpp.",
 )
 _ROUNDS = absl_flags.DEFINE_integer("rounds", 5, "How often each is timed.", lower_bound=1)
 _STEPS = absl_flags.DEFINE_integer(
@@ -126,6 +128,8 @@ def _train() -> dict[str, Any]:
     with flags.importing():
         from llm_jax.bench import training
 
+    if _PEERS.value == "llama_cpp":
+        raise InputError("--peers (llama_cpp) doesn't train; give eager, compiled, all or none")
     peers = {"none": (), "all": ("eager", "compiled")}.get(_PEERS.value, (_PEERS.value,))
     cfg, to_loss = training.with_vocabulary(config), {}
     if _TARGET_LOSS.value is not None:
@@ -135,8 +139,8 @@ def _train() -> dict[str, Any]:
 
 
 def _attention() -> dict[str, Any]:
-    if _PEERS.value == "compiled":
-        raise InputError("--peers (compiled) has nothing to compile in bench attention; give eager or none")
+    if _PEERS.value in ("compiled", "llama_cpp"):
+        raise InputError(f"--peers ({_PEERS.value}) has nothing to run in bench attention; give eager, all or none")
     with flags.importing():
         from llm_jax.bench import attention
 
@@ -156,10 +160,10 @@ def _decode() -> dict[str, Any]:
     with flags.importing():
         from llm_jax.bench import decoding, training
 
-    peers = {"none": (), "all": tuple(decoding.PEERS), "compiled": ("compiled", "frozen")}
+    peers = {"none": (), "all": itertools.chain(*decoding.PEERS.values())} | decoding.PEERS
     return decoding.measure(
         training.with_vocabulary(config),
-        peers=peers.get(_PEERS.value, (_PEERS.value,)),
+        peers=tuple(peers[_PEERS.value]),
         batch_sizes=batch_sizes,
         prompt_tokens=_PROMPT_TOKENS.value,
         new_tokens=_NEW_TOKENS.value,

@@ -14,7 +14,7 @@ import numpy as np
 
 from llm_jax import cpu, ops, programs, sharding
 from llm_jax.bench import torch_peers
-from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, mebibytes, ratios, table
+from llm_jax.bench.contenders import Contender, Worker, WorkerError, alternate, mebibytes, missing, ratios, table
 from llm_jax.config import MeshConfig
 from llm_jax.errors import InputError
 from llm_jax.progress import say
@@ -45,8 +45,8 @@ def measure(
         by_core = Worker(Ours, dtype, num_devices, environment=huge_pages | {cpu.NUM_DEVICES: str(num_devices)})
     if peers:
         try:
-            if missing := torch_peers.missing("torch"):
-                raise InputError(missing)
+            if absent := missing("torch"):
+                raise InputError(absent)
             sdpa = Worker(torch_peers.Attention, device["platform"], cpu.cores(), dtype)
         except (InputError, WorkerError) as error:
             left_out[SDPA] = str(error)

@@ -1,6 +1,7 @@
 """Contenders, each in a process of its own, timed in alternating rounds."""
 
 import ctypes
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -21,6 +22,12 @@ from llm_jax.progress import say
 
 NUM_BATCHES = 8  # different ones, taken in turn
 ROUND_SECONDS = 2.5  # of one contender: long beside a scheduler's tick, short beside a machine's drift
+
+
+def missing(*packages: str, extra: str = "parity") -> str | None:
+    """One line on what to install, None if nothing."""
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{' and '.join(absent)} not installed; pip install -e '.[{extra}]' brings it" if absent else None
 
 
 class WorkerError(Exception):

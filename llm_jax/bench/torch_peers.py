@@ -3,13 +3,12 @@
 torch and transformers are imported in the worker that runs them, never in the command's own process.
 """
 
-import importlib.util
 import os
 import time
 import warnings
 from typing import Any
 
-from llm_jax.bench.contenders import HostMemory, random_batches
+from llm_jax.bench.contenders import HostMemory, missing, random_batches
 from llm_jax.config import Config, ModelConfig
 from llm_jax.errors import InputError
 
@@ -24,10 +23,9 @@ ACTIVATIONS = {
 }
 
 
-def missing(*packages: str) -> str | None:
-    """One line on what to install, None if nothing."""
-    absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{' and '.join(absent)} not installed; pip install -e '.[parity]' brings it" if absent else None
+def obstacle(cfg: ModelConfig) -> str | None:
+    """One line on what is not installed, or else on what transformers can't express; None if nothing."""
+    return missing("torch", "transformers") or inexpressible(cfg)
 
 
 def inexpressible(cfg: ModelConfig) -> str | None:
@@ -182,19 +180,19 @@ class Training:
 class Decoding:
     """transformers' `generate`, greedy, of a model of our shape; compiled: with a static cache."""
 
-    def __init__(self, cfg: Config, platform: str, threads: int, prompt_tokens: int, compiled: bool) -> None:
+    def __init__(self, cfg: ModelConfig, platform: str, threads: int, prompt_tokens: int, compiled: bool) -> None:
         import torch
         import transformers
 
         transformers.logging.set_verbosity_error()
         self._torch, self._device = torch, _device(torch, platform)
         torch.set_num_threads(threads)
-        self._model = build(cfg.model).to(self._device, getattr(torch, cfg.model.compute_dtype)).eval()
+        self._model = build(cfg).to(self._device, getattr(torch, cfg.compute_dtype)).eval()
         self._settings = {"cache_implementation": "static"} if compiled else {}
         if compiled:
             # For each batch size anew: by default the second would get slower code, for any size.
             self._model.forward = torch.compile(self._model.forward, fullgraph=True, dynamic=False)
-        self._vocab_size, self._prompt_tokens = cfg.model.vocab_size, prompt_tokens
+        self._vocab_size, self._prompt_tokens = cfg.vocab_size, prompt_tokens
 
     def time(self, batch: int, new_tokens: int, steps: int) -> float:
         self._run(batch, new_tokens)

@@ -145,11 +145,11 @@ def with_vocabulary(config: ConfigDict) -> Config:
 
 
 def _why_no_peer(cfg: Config, device: dict[str, Any]) -> str | None:
-    if missing := torch_peers.missing("torch", "transformers"):
-        return missing
+    if reason := torch_peers.obstacle(cfg.model):
+        return reason
     if device["count"] > 1 and device["platform"] != "cpu":
         return f"it runs on one device, and the mesh has {device['count']}"
-    return torch_peers.inexpressible(cfg.model)
+    return None
 
 
 def seconds_to_loss(config_file: str, changes: Sequence[str], target: float) -> dict[str, Any]:
