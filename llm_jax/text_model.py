@@ -1,5 +1,6 @@
 """Text from whatever continues tokens: prompts, settings and stop strings in; text, pieces of it, details out."""
 
+import abc
 import dataclasses
 import difflib
 import functools
@@ -35,7 +36,7 @@ class Sample(NamedTuple):
     stop_reason: str  # "length" | "stop_token" | "stop_string"
 
 
-class TextModel:
+class TextModel(abc.ABC):
     """What `LanguageModel` and an exported model have in common. A subclass says what continues tokens: `_engine`."""
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, block_size: int) -> None:
@@ -43,9 +44,9 @@ class TextModel:
         self._vocab_size, self._block_size = vocab_size, block_size
         self._num_ids = min(tokenizer.vocab_size, vocab_size)  # ids from there on stand for no text
 
+    @abc.abstractmethod
     def _engine(self, length: int, draft: Any, draft_tokens: int) -> decoding.Engine:
         """For texts of at most `length` tokens, prompt included; checks the draft. Nothing is generated yet."""
-        raise NotImplementedError
 
     def generate(
         self,

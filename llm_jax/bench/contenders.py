@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import Config
+from llm_jax.config import Config, ModelConfig
 from llm_jax.errors import InputError
 from llm_jax.progress import say
 
@@ -28,6 +28,15 @@ def missing(*packages: str, extra: str = "parity") -> str | None:
     """One line on what to install, None if nothing."""
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     return f"{' and '.join(absent)} not installed; pip install -e '.[{extra}]' brings it" if absent else None
+
+
+def differences(cfg: ModelConfig, needed: Mapping[str, Any]) -> list[str]:
+    """What a peer would need otherwise, a phrase for each key."""
+    return [
+        f"model.{name} ({getattr(cfg, name)}) would have to be {value}"
+        for name, value in needed.items()
+        if getattr(cfg, name) != value
+    ]
 
 
 class WorkerError(Exception):

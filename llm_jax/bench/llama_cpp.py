@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.bench.contenders import missing
+from llm_jax.bench.contenders import differences, missing
 from llm_jax.config import ModelConfig
 from llm_jax.errors import InputError
 
@@ -24,11 +24,7 @@ def obstacle(cfg: ModelConfig) -> str | None:
     needed: dict[str, Any] = {"use_rmsnorm": True, "use_rope": True, "mlp": "swiglu", "use_bias": False}
     needed |= {"qk_norm": False, "window": None, "attn_softcap": None, "final_softcap": None}
     needed |= {"param_dtype": "float32", "compute_dtype": "float32"}
-    wrong = [
-        f"model.{name} ({getattr(cfg, name)}) would have to be {value}"
-        for name, value in needed.items()
-        if getattr(cfg, name) != value
-    ]
+    wrong = differences(cfg, needed)
     if cfg.vocab_size < len(SPECIAL) + 256:
         wrong.append(f"model.vocab_size ({cfg.vocab_size}) would have to be {len(SPECIAL) + 256} or more")
     return "for llama.cpp's Llama " + ", ".join(wrong) if wrong else None

@@ -8,7 +8,7 @@ import time
 import warnings
 from typing import Any
 
-from llm_jax.bench.contenders import HostMemory, missing, random_batches
+from llm_jax.bench.contenders import HostMemory, differences, missing, random_batches
 from llm_jax.config import Config, ModelConfig
 from llm_jax.errors import InputError
 
@@ -48,11 +48,7 @@ def inexpressible(cfg: ModelConfig) -> str | None:
         family = "GPT-2"
     if (cfg.param_dtype, cfg.compute_dtype) == ("bfloat16", "float32"):
         needed["compute_dtype"] = "bfloat16"
-    wrong = [
-        f"model.{name} ({getattr(cfg, name)}) would have to be {value}"
-        for name, value in needed.items()
-        if getattr(cfg, name) != value
-    ]
+    wrong = differences(cfg, needed)
     return f"for transformers' {family} " + ", ".join(wrong) if wrong else None
 
 

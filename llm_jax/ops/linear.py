@@ -73,7 +73,7 @@ def decode_linear(x: Float[Array, "*B D"], matrix: DecodeWeight) -> Float[Array,
         rows, scale = _int8_rows(rows)
         # XLA's CPU backend has an int8 kernel for two rows and more: 9 instead of 140 ms for 106 million weights.
         rows = jnp.pad(rows, ((0, 0 if isinstance(count, int) and count > 1 else 1), (0, 0)))
-        if rows.shape[0] in (1, 2, 3, 4):  # 3072 x 576 weights and two rows on two Zen 4 cores: 12 instead of 9 GB/s
+        if rows.shape[0] in (2, 3, 4):  # 3072 x 576 weights and two rows on two Zen 4 cores: 12 instead of 9 GB/s
             out = jnp.einsum("bd,fd->bf", rows, matrix.weight, preferred_element_type=jnp.int32)
         else:
             out = _by_outputs(matrix.weight, rows, jnp.int32, None)
