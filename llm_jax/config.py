@@ -7,7 +7,6 @@
 import dataclasses
 import difflib
 import math
-import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from llm_jax.errors import InputError
+from llm_jax.sampling_rules import MAX_NEW_TOKENS, check_sampling
 
 MLPS = ("gelu", "gelu_tanh", "swiglu", "geglu", "relu2")
 ROPE_SCALINGS = ("linear", "ntk", "llama3", "yarn")
@@ -28,8 +28,6 @@ LAYER_EXECUTIONS = ("auto", "scan", "unrolled")
 REMATS = ("none", "block", "dots")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-LARGEST = 1e6  # of temperature and penalties: what they do to a float32 logit stays one
-MAX_NEW_TOKENS = 2**24  # float32, in which rope computes angles, counts no further
 MAX_STEPS = 2**31 - 1  # an int32 counts them
 MAX_SEED = 2**32 - 1  # jax and grain take no more bits: a larger one would be another's equal
 
@@ -259,69 +257,6 @@ def for_inference(cfg: Config, *, dtype: str | None, rope_scaling: str | None, r
             "block_size": round(stretched),
         }
     return dataclasses.replace(cfg, model=_model(dataclasses.replace(m, **changes)))
-
-
-def whole_number(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} ({value!r}) must be a whole number") from None
-
-
-def check_sampling(
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float,
-    repetition_penalty: float,
-    presence_penalty: float,
-    frequency_penalty: float,
-    min_new_tokens: int,
-    prefix: str = "",
-) -> None:
-    """The rules of one sampling request, for config, flags and call alike."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("min_new_tokens", min_new_tokens), ("top_k", top_k)):
-        if value is not None:
-            whole_number(prefix + name, value)
-    for name, value in (
-        ("temperature", temperature),
-        ("top_p", 1.0 if top_p is None else top_p),
-        ("min_p", min_p),
-        ("repetition_penalty", repetition_penalty),
-        ("presence_penalty", presence_penalty),
-        ("frequency_penalty", frequency_penalty),
-    ):
-        try:
-            float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"{prefix}{name} ({value!r}) must be a number") from None
-    if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
-        raise InputError(f"{prefix}max_new_tokens ({max_new_tokens}) must be at least 0 and at most {MAX_NEW_TOKENS}")
-    if not 0 <= temperature <= LARGEST:
-        raise InputError(
-            f"{prefix}temperature ({temperature}) must be a finite number, 0 (greedy) or more, at most {LARGEST:.0e}"
-        )
-    if top_k is not None and top_k < 1:
-        raise InputError(f"{prefix}top_k ({top_k}) must be 1 or more; leave it out to keep every token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"{prefix}top_p ({top_p}) must be above 0 and at most 1; leave it out to keep every token")
-    if not 0 <= min_p <= 1:
-        raise InputError(f"{prefix}min_p ({min_p}) must be at least 0 (every token is kept) and at most 1")
-    if not 1 / LARGEST <= repetition_penalty <= LARGEST:
-        raise InputError(
-            f"{prefix}repetition_penalty ({repetition_penalty}) must be above 0 and finite: "
-            f"{1 / LARGEST:.0e} to {LARGEST:.0e}; 1 is none"
-        )
-    for name, penalty in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
-        if not abs(penalty) <= LARGEST:
-            raise InputError(f"{prefix}{name} ({penalty}) must be finite and at most {LARGEST:.0e}; 0 is none")
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise InputError(
-            f"{prefix}min_new_tokens ({min_new_tokens}) must be at least 0 and at most {prefix}max_new_tokens "
-            f"({max_new_tokens})"
-        )
 
 
 def _model(m: ModelConfig) -> ModelConfig:

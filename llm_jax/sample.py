@@ -14,9 +14,10 @@ from typing import Any
 from absl import flags as absl_flags
 
 from llm_jax import flags
-from llm_jax.config import CACHE_DTYPES, DTYPES, MAX_SEED, WEIGHTS, SampleConfig, check_sampling
+from llm_jax.config import CACHE_DTYPES, DTYPES, MAX_SEED, WEIGHTS, SampleConfig
 from llm_jax.errors import InputError
 from llm_jax.progress import say
+from llm_jax.sampling_rules import check_sampling
 
 _WORKDIR = absl_flags.DEFINE_string("workdir", None, "Folder of a run.")
 _STEP = absl_flags.DEFINE_string("step", "best", "Checkpoint: best (by val_loss), last, or a number.")

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llm_jax import decoding, generate
-from llm_jax.config import MAX_SEED, SampleConfig, check_sampling, whole_number
+from llm_jax.config import MAX_SEED, SampleConfig
 from llm_jax.continuation import UNKNOWN, Continuation
 from llm_jax.errors import InputError
+from llm_jax.sampling_rules import check_sampling, whole_number
 from llm_jax.tokenizers import Tokenizer
 
 # Fields of generate.SamplingConfig that settings of `generate` become as they are.
