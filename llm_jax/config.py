@@ -26,6 +26,8 @@ WEIGHTS = ("int8",)  # what matrices may be rounded to when decoding
 ATTENTIONS = ("auto", "plain", "blockwise", "cudnn", "splash")
 LAYER_EXECUTIONS = ("auto", "scan", "unrolled")
 REMATS = ("none", "block", "dots")
+NORM_PLACEMENTS = ("pre", "post", "both")
+QK_NORM_AXES = ("head", "width")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 MAX_STEPS = 2**31 - 1  # an int32 counts them
@@ -48,11 +50,22 @@ class ModelConfig:
     mlp_dim: int | None = None  # None: 4 n_embd; 8/3 n_embd, down to a multiple of 8, for the gated kinds
     norm_eps: float = 1e-5
     vocab_size: int | None = None  # None: the tokenizer's; larger pads it
-    qk_norm: bool = False  # norm of each query and key head before rope
+    qk_norm: bool = False  # norm of queries and keys before rope
+    qk_norm_axes: str = "head"  # head (each by itself) | width (all heads as one)
+    norm_placement: str = "pre"  # pre (of what attention and MLP read) | post (of what they add) | both
+    norm_weight_offset: float = 0.0  # added to every norm's weight; Gemma's are stored as their distance from 1
+    parallel_residual: bool = False  # attention and MLP read the same x, instead of one after the other
     use_bias: bool = False  # in projections and LayerNorm
+    qkv_bias: bool | None = None  # in those of queries, keys and values; None: use_bias
+    attn_out_bias: bool | None = None  # in attention's output; None: use_bias
+    mlp_bias: bool | None = None  # in the MLP; None: use_bias
     tie_embeddings: bool = True  # the output projection is the token embedding
+    embed_scale: float = 1.0  # multiplies token embeddings, not the output projection they are tied to
     dropout: float = 0.0  # on embeddings and residual branches
     rope_theta: float = 10000.0
+    rope_local_theta: float | None = None  # of sliding layers, whose positions are not scaled then; None: as others
+    rope_dim: int | None = None  # the first channels of each head, which turn; None: all
+    rope_layers: tuple[bool, ...] = (True,)  # one period of layers that have rope
     rope_scaling: str | None = None  # None | linear | ntk | llama3 | yarn
     rope_factor: float = 1.0  # how many times longer than the trained context
     rope_original_length: int | None = None  # the trained context; None: block_size / rope_factor
@@ -60,8 +73,10 @@ class ModelConfig:
     rope_high_freq_factor: float = 4.0  # llama3
     rope_beta_fast: float = 32.0  # yarn
     rope_beta_slow: float = 1.0  # yarn
+    rope_attention_factor: float | None = None  # yarn: multiplies queries and keys; None: 0.1 ln(rope_factor) + 1
     layer_types: tuple[str, ...] = ("full",)  # one period of full | sliding
     window: int | None = None  # tokens that a sliding layer sees, itself included
+    attn_scale: float | None = None  # multiplies attention scores; None: head_dim^-0.5
     attn_softcap: float | None = None  # c tanh(x / c) on attention scores
     final_softcap: float | None = None  # the same on the logits
     param_dtype: str = "float32"
@@ -270,9 +285,19 @@ def _model(m: ModelConfig) -> ModelConfig:
         "mlp_dim",
         "vocab_size",
         "window",
+        "rope_dim",
     ):
         _at_least("model", m, name, 1)
-    for name in ("norm_eps", "rope_theta", "attn_softcap", "final_softcap"):
+    for name in (
+        "norm_eps",
+        "rope_theta",
+        "rope_local_theta",
+        "rope_attention_factor",
+        "attn_scale",
+        "attn_softcap",
+        "final_softcap",
+        "embed_scale",
+    ):
         _above_zero("model", m, name)
     _one_of("model", m, "mlp", MLPS)
     _one_of("model", m, "rope_scaling", (None, *ROPE_SCALINGS))
@@ -281,6 +306,8 @@ def _model(m: ModelConfig) -> ModelConfig:
     _one_of("model", m, "attention", ATTENTIONS)
     _one_of("model", m, "layer_execution", LAYER_EXECUTIONS)
     _one_of("model", m, "remat", REMATS)
+    _one_of("model", m, "norm_placement", NORM_PLACEMENTS)
+    _one_of("model", m, "qk_norm_axes", QK_NORM_AXES)
     if not 0 <= m.dropout < 1:
         raise InputError(f"model.dropout ({m.dropout}) must be at least 0 and below 1")
     if m.head_dim is None and m.n_embd % m.n_head:
@@ -289,8 +316,12 @@ def _model(m: ModelConfig) -> ModelConfig:
             "set model.head_dim to separate them"
         )
     head_dim = m.head_dim or m.n_embd // m.n_head
-    if m.use_rope and head_dim % 2:
-        raise InputError(f"model.head_dim ({head_dim}) must be even for rope, which rotates pairs of channels")
+    rope_dim = m.rope_dim or head_dim
+    if m.use_rope and rope_dim % 2:
+        name = "head_dim" if m.rope_dim is None else "rope_dim"
+        raise InputError(f"model.{name} ({rope_dim}) must be even for rope, which rotates pairs of channels")
+    if rope_dim > head_dim:
+        raise InputError(f"model.rope_dim ({rope_dim}) must be at most model.head_dim ({head_dim})")
     n_kv_head = m.n_kv_head or m.n_head
     if m.n_head % n_kv_head:
         raise InputError(f"model.n_head ({m.n_head}) must be a multiple of model.n_kv_head ({n_kv_head})")
@@ -298,8 +329,21 @@ def _model(m: ModelConfig) -> ModelConfig:
     # Three matrices of 8/3 n_embd are as many parameters as two of 4 n_embd (Shazeer 2020, "GLU Variants").
     mlp_dim = m.mlp_dim or (max(8, 8 * m.n_embd // 3 // 8 * 8) if gated else 4 * m.n_embd)
 
-    if m.rope_scaling is not None and not m.use_rope:
-        raise InputError(f"model.rope_scaling ({m.rope_scaling!r}) needs model.use_rope=True")
+    for name, unset in (
+        ("rope_scaling", None),
+        ("rope_local_theta", None),
+        ("rope_dim", None),
+        ("rope_layers", (True,)),
+    ):
+        if getattr(m, name) != unset and not m.use_rope:
+            raise InputError(f"model.{name} ({getattr(m, name)!r}) needs model.use_rope=True")
+    if not m.rope_layers:
+        raise InputError("model.rope_layers () must hold one or more of True, False")
+    if m.rope_attention_factor is not None and m.rope_scaling != "yarn":
+        raise InputError(
+            f"model.rope_attention_factor ({m.rope_attention_factor}) needs model.rope_scaling='yarn', got "
+            f"{m.rope_scaling!r}"
+        )
     if not m.rope_factor >= 1:
         raise InputError(f"model.rope_factor ({m.rope_factor}) must be 1 or more")
     if m.use_rope and not m.rope_theta > 1:
@@ -320,17 +364,30 @@ def _model(m: ModelConfig) -> ModelConfig:
 
     if not m.layer_types or any(kind not in LAYER_TYPES for kind in m.layer_types):
         raise InputError(f"model.layer_types {m.layer_types} must hold one or more of {', '.join(LAYER_TYPES)}")
-    if m.n_layer % len(m.layer_types):
-        raise InputError(
-            f"model.n_layer ({m.n_layer}) must be a multiple of the period of model.layer_types {m.layer_types}"
-        )
     if ("sliding" in m.layer_types) != (m.window is not None):
         raise InputError(
             f"model.window ({m.window}) and 'sliding' in model.layer_types {m.layer_types} go together; "
             "set both or neither"
         )
+    if m.rope_local_theta is not None and "sliding" not in m.layer_types:
+        raise InputError(
+            f"model.rope_local_theta ({m.rope_local_theta}) is for 'sliding' layers, and model.layer_types "
+            f"{m.layer_types} has none"
+        )
+    if m.qk_norm_axes == "width" and not m.qk_norm:
+        raise InputError("model.qk_norm_axes ('width') needs model.qk_norm=True")
+    biases = {
+        name: m.use_bias if getattr(m, name) is None else getattr(m, name)
+        for name in ("qkv_bias", "attn_out_bias", "mlp_bias")
+    }
     return dataclasses.replace(
-        m, head_dim=head_dim, n_kv_head=n_kv_head, mlp_dim=mlp_dim, rope_original_length=original
+        m,
+        head_dim=head_dim,
+        n_kv_head=n_kv_head,
+        mlp_dim=mlp_dim,
+        rope_dim=rope_dim if m.use_rope else None,
+        rope_original_length=original,
+        **biases,
     )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,8 +39,16 @@ AXES = {
     "q_norm/bias": "H",
     "k_norm/weight": "H",
     "k_norm/bias": "H",
+    "q_width_norm/weight": "NH",
+    "q_width_norm/bias": "NH",
+    "k_width_norm/weight": "KH",
+    "k_width_norm/bias": "KH",
+    "attn_post_norm/weight": "D",
+    "attn_post_norm/bias": "D",
     "mlp_norm/weight": "D",
     "mlp_norm/bias": "D",
+    "mlp_post_norm/weight": "D",
+    "mlp_post_norm/bias": "D",
     "mlp/gate": "DF",
     "mlp/up": "DF",
     "mlp/down": "FD",
@@ -104,12 +112,20 @@ def _recomputed(cfg: ModelConfig, function: Callable[..., Array]) -> Callable[..
     return jax.checkpoint(function, prevent_cse=cfg.layer_execution != "scan")
 
 
+def _norm_weight(module: nn.Module) -> Array:
+    """What a norm multiplies by: 1 at first, whatever it is stored as."""
+    offset = module.cfg.norm_weight_offset
+    weight = _declare(module, "weight", nn.initializers.constant(1.0 - offset)).reshape(-1)  # of all heads as one
+    # In float32, as the norm multiplies: near 0 a bfloat16 has digits that it has not near 1.
+    return weight.astype(jnp.float32) + offset if offset else weight
+
+
 class RMSNorm(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        weight = _declare(self, "weight", nn.initializers.ones)
+        weight = _norm_weight(self)
         return _recomputed(self.cfg, functools.partial(ops.rms_norm, eps=self.cfg.norm_eps))(x, weight)
 
 
@@ -118,8 +134,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        weight = _declare(self, "weight", nn.initializers.ones)
-        bias = _declare(self, "bias", nn.initializers.zeros) if self.cfg.use_bias else None
+        weight = _norm_weight(self)
+        bias = _declare(self, "bias", nn.initializers.zeros).reshape(-1) if self.cfg.use_bias else None
         return _recomputed(self.cfg, functools.partial(ops.layer_norm, eps=self.cfg.norm_eps))(x, weight, bias)
 
 
@@ -127,11 +143,41 @@ def norm(cfg: ModelConfig, name: str) -> nn.Module:
     return (RMSNorm if cfg.use_rmsnorm else LayerNorm)(cfg, name=name)
 
 
+def _qk_norm(cfg: ModelConfig, heads: str, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    if cfg.qk_norm_axes == "head":
+        return norm(cfg, f"{heads}_norm")(x)
+    return norm(cfg, f"{heads}_width_norm")(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+class LayerKind(NamedTuple):
+    """What layers of one model differ in, and a program must know when it is compiled."""
+
+    window: int  # tokens that it sees, itself included
+    rope: str | None = "scaled"  # None | "scaled" | "local": by rope_local_theta
+
+
+def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
+    """Of one period of layers; the last one may be cut by n_layer."""
+    kinds = []
+    for layer in range(min(cfg.n_layer, math.lcm(len(cfg.layer_types), len(cfg.rope_layers)))):
+        slides = cfg.layer_types[layer % len(cfg.layer_types)] == "sliding"
+        rope = "local" if slides and cfg.rope_local_theta is not None else "scaled"
+        if not (cfg.use_rope and cfg.rope_layers[layer % len(cfg.rope_layers)]):
+            rope = None
+        kinds.append(LayerKind(min(cfg.window, cfg.block_size) if slides else cfg.block_size, rope))
+    return tuple(kinds)
+
+
+def _by_layer(cfg: ModelConfig) -> list[LayerKind]:
+    kinds = layer_kinds(cfg)
+    return [kinds[layer % len(kinds)] for layer in range(cfg.n_layer)]
+
+
 class Attention(nn.Module):
-    """Grouped-query self-attention; `window` is what a kernel must know when it is compiled."""
+    """Grouped-query self-attention."""
 
     cfg: ModelConfig
-    window: int
+    kind: LayerKind
     mesh: jax.sharding.Mesh | None
 
     @nn.compact
@@ -139,27 +185,32 @@ class Attention(nn.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
-        q, k, v = _project(self, x, "q", "k", "v", init=_MATRIX)
+        q, k, v = _project(self, x, "q", "k", "v", init=_MATRIX, use_bias=cfg.qkv_bias)
         if cfg.qk_norm:
-            q, k = norm(cfg, "q_norm")(q), norm(cfg, "k_norm")(k)
-        if cfg.use_rope:
+            q, k = _qk_norm(cfg, "q", q), _qk_norm(cfg, "k", k)
+        if self.kind.rope is not None:
+            is_local = self.kind.rope == "local"
+            theta, scaling = (cfg.rope_local_theta, None) if is_local else (cfg.rope_theta, _rope_scaling(cfg))
             with jax.ensure_compile_time_eval():
-                inv_freq, scale = ops.rope_frequencies(cfg.head_dim, cfg.rope_theta, _rope_scaling(cfg))
+                inv_freq, scale = ops.rope_frequencies(cfg.rope_dim, theta, scaling)
             q, k = (ops.rope(heads, positions, inv_freq, scale=scale) for heads in (q, k))
+        if cfg.attn_scale is not None:  # attention multiplies by head_dim^-0.5
+            q = q * jnp.asarray(cfg.attn_scale * cfg.head_dim**0.5, q.dtype)
         if cache is None or isinstance(cache, ops.EmptyCache):
             # A window no shorter than the text is no window, and lets attention take its fastest path.
             time = x.shape[1]  # of a program that is exported for any length it is no number
-            window = None if isinstance(time, int) and time <= self.window else self.window
+            window = None if isinstance(time, int) and time <= self.kind.window else self.kind.window
             out = _attend(self.mesh, q, k, v, window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
             if cache is not None:
                 cache = ops.fill_cache(cache, k, v, jnp.max(positions, axis=1) + 1)
         else:
             is_ring = isinstance(cache, ops.LayerCache)
             levels = ops.split_cache(cache, positions[:, 0], slots=x.shape[1]) if is_ring else cache
-            levels, masks = ops.update_cache(levels, k, v, positions, window=self.window)
+            levels, masks = ops.update_cache(levels, k, v, positions, window=self.kind.window)
             out = ops.cached_attention(q, [levels.ring, levels.recent], masks, softcap=cfg.attn_softcap)
             cache = ops.merge_cache(levels, jnp.max(positions, axis=1) + 1) if is_ring else levels
-        return _project(self, out, "o", init=_residual_matrix(cfg), inputs=2)[0], cache
+        out = _project(self, out, "o", init=_residual_matrix(cfg), use_bias=cfg.attn_out_bias, inputs=2)[0]
+        return out, cache
 
 
 def _attend(mesh: jax.sharding.Mesh | None, q: Array, k: Array, v: Array, **how: Any) -> Array:
@@ -177,7 +228,7 @@ _PRODUCT = "product"  # what remat="dots" keeps: products with weights, not thos
 
 
 def _project(
-    module: nn.Module, x: Array, *names: str, init: nn.initializers.Initializer, inputs: int = 1
+    module: nn.Module, x: Array, *names: str, init: nn.initializers.Initializer, use_bias: bool, inputs: int = 1
 ) -> list[Array]:
     """x times each parameter of `names`, over its first `inputs` axes, which are the last of x; plus its bias.
 
@@ -200,7 +251,7 @@ def _project(
         checkpoint_name(product.reshape(*lead, *shape), _PRODUCT)
         for product, shape in zip(products, shapes, strict=True)
     ]
-    if not module.cfg.use_bias:
+    if not use_bias:
         return products
     zeros = nn.initializers.zeros
     return [y + _declare(module, f"{name}_bias", zeros) for y, name in zip(products, names, strict=True)]
@@ -222,6 +273,7 @@ def _rope_scaling(cfg: ModelConfig) -> ops.RopeScaling | None:
         high_freq_factor=cfg.rope_high_freq_factor,
         beta_fast=cfg.rope_beta_fast,
         beta_slow=cfg.rope_beta_slow,
+        attention_factor=cfg.rope_attention_factor,
     )
 
 
@@ -249,20 +301,21 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        activation, gated = MLPS[self.cfg.mlp]
+        cfg = self.cfg
+        activation, gated = MLPS[cfg.mlp]
         if gated:
-            gate, up = _project(self, x, "gate", "up", init=_MATRIX)
-            hidden = _recomputed(self.cfg, lambda gate, up: activation(gate) * up)(gate, up)
+            gate, up = _project(self, x, "gate", "up", init=_MATRIX, use_bias=cfg.mlp_bias)
+            hidden = _recomputed(cfg, lambda gate, up: activation(gate) * up)(gate, up)
         else:
-            hidden = _recomputed(self.cfg, activation)(_project(self, x, "up", init=_MATRIX)[0])
-        return _project(self, hidden, "down", init=_residual_matrix(self.cfg))[0]
+            hidden = _recomputed(cfg, activation)(_project(self, x, "up", init=_MATRIX, use_bias=cfg.mlp_bias)[0])
+        return _project(self, hidden, "down", init=_residual_matrix(cfg), use_bias=cfg.mlp_bias)[0]
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Residual block: attention, then MLP or both at once, with norms before or after each."""
 
     cfg: ModelConfig
-    window: int
+    kind: LayerKind
     mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
@@ -275,10 +328,17 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
-        attention = Attention(cfg, self.window, self.mesh, name="attn")
-        update, cache = attention(norm(cfg, "attn_norm")(x), positions, cache)
-        x = x + dropout(update)
-        return x + dropout(MLP(cfg, name="mlp")(norm(cfg, "mlp_norm")(x))), cache
+
+        def before(name: str, x: Array) -> Array:
+            return x if cfg.norm_placement == "post" else norm(cfg, f"{name}_norm")(x)
+
+        def after(name: str, update: Array) -> Array:
+            return dropout(update if cfg.norm_placement == "pre" else norm(cfg, f"{name}_post_norm")(update))
+
+        update, cache = Attention(cfg, self.kind, self.mesh, name="attn")(before("attn", x), positions, cache)
+        attended = x + after("attn", update)
+        mlp_input = before("mlp", x if cfg.parallel_residual else attended)
+        return attended + after("mlp", MLP(cfg, name="mlp")(mlp_input)), cache
 
 
 class Embed(nn.Module):
@@ -294,6 +354,8 @@ class Embed(nn.Module):
             x = ops.decode_embed(tokens, self.tokens).astype(self.cfg.compute_dtype)
         else:
             x = self.tokens[tokens]
+        if self.cfg.embed_scale != 1:
+            x = x * jnp.asarray(self.cfg.embed_scale, x.dtype)
         return x if self.cfg.use_rope else x + self.positions[positions]
 
 
@@ -394,15 +456,15 @@ def for_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
     return dataclasses.replace(cfg, layer_execution="unrolled" if sharding.is_cpu(mesh) else "scan")
 
 
-def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
-    """How many tokens each layer of one period sees, itself included."""
-    return tuple(min(cfg.window, cfg.block_size) if kind == "sliding" else cfg.block_size for kind in cfg.layer_types)
+def layer_windows(cfg: ModelConfig) -> list[int]:
+    """How many tokens each layer sees, itself included."""
+    return [kind.window for kind in _by_layer(cfg)]
 
 
 def _init_blocks(cfg: ModelConfig, key: Array) -> Params:
     def init(key: Array) -> Params:
         x = jnp.zeros((1, 1, cfg.n_embd), cfg.compute_dtype)
-        return Block(cfg, cfg.block_size).init(key, x, jnp.zeros((1, 1), jnp.int32))["params"]
+        return Block(cfg, layer_kinds(cfg)[0]).init(key, x, jnp.zeros((1, 1), jnp.int32))["params"]
 
     return jax.vmap(init)(jax.random.split(key, cfg.n_layer))
 
@@ -416,12 +478,12 @@ def _run_blocks(
     cache: Cache | None,
     dropout_key: Array | None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    windows = layer_windows(cfg)
+    kinds = layer_kinds(cfg)
     layers = jnp.arange(cfg.n_layer)
 
-    def block(window: int, params: Params, layer: Array | int, x: Array, cache: Any = None) -> tuple[Array, Any]:
+    def block(kind: LayerKind, params: Params, layer: Array | int, x: Array, cache: Any = None) -> tuple[Array, Any]:
         rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, layer)}
-        return Block(cfg, window, mesh).apply(
+        return Block(cfg, kind, mesh).apply(
             {"params": params}, x, positions, cache, deterministic=dropout_key is None, rngs=rngs
         )
 
@@ -429,7 +491,7 @@ def _run_blocks(
         trees = blocks if isinstance(blocks, tuple) else split_layers(blocks, cfg.n_layer)
         new_cache = []
         for layer, params in enumerate(trees):
-            x, layer_cache = block(windows[layer % len(windows)], params, layer, x, cache[layer])
+            x, layer_cache = block(kinds[layer % len(kinds)], params, layer, x, cache[layer])
             new_cache.append(layer_cache)
         return x, tuple(new_cache)
 
@@ -439,17 +501,21 @@ def _run_blocks(
 
     def period(x: Array, xs: tuple[Params, Array]) -> tuple[Array, None]:
         params, layers = xs
-        for i, window in enumerate(windows):
-            x, _ = block(window, jax.tree.map(lambda leaf: leaf[i], params), layers[i], x)  # noqa: B023
+        for i, kind in enumerate(kinds[: len(layers)]):  # the last period may be cut
+            x, _ = block(kind, jax.tree.map(lambda leaf: leaf[i], params), layers[i], x)  # noqa: B023
         return x, None
 
     if isinstance(blocks, tuple):
         for layer, params in enumerate(blocks):
-            x, _ = block(windows[layer % len(windows)], params, layer, x)
+            x, _ = block(kinds[layer % len(kinds)], params, layer, x)
         return x, None
-    by_period = jax.tree.map(lambda leaf: leaf.reshape(-1, len(windows), *leaf.shape[1:]), (blocks, layers))
-    n_periods = cfg.n_layer // len(windows)
-    x, _ = jax.lax.scan(period, x, by_period, unroll=n_periods if cfg.layer_execution == "unrolled" else 1)
+    n_periods, rest = divmod(cfg.n_layer, len(kinds))
+    whole = jax.tree.map(
+        lambda leaf: leaf[: cfg.n_layer - rest].reshape(n_periods, len(kinds), *leaf.shape[1:]), (blocks, layers)
+    )
+    x, _ = jax.lax.scan(period, x, whole, unroll=n_periods if cfg.layer_execution == "unrolled" else 1)
+    if rest:
+        x, _ = period(x, jax.tree.map(lambda leaf: leaf[-rest:], (blocks, layers)))
     return x, None
 
 
@@ -469,10 +535,8 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, *, dtype: Any = None) 
     Args:
         dtype: of keys and values, int8 included; None: compute_dtype.
     """
-    windows = layer_windows(cfg)
-    slots = [min(length, windows[layer % len(windows)]) for layer in range(cfg.n_layer)]
     dtype = cfg.compute_dtype if dtype is None else dtype
-    return tuple(ops.EmptyCache(each, dtype) for each in slots)
+    return tuple(ops.EmptyCache(min(length, window), dtype) for window in layer_windows(cfg))
 
 
 def grow_cache(cache: Cache, empty: Cache, *, pad: Callable[..., Array] = jnp.pad) -> Cache:
@@ -533,6 +597,5 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
     axes, shapes = (jax.tree.leaves(tree["blocks"]) for tree in (param_axes(cfg), param_shapes(cfg)))
     # Of the letters in a block, D and another one make a matrix; "LD" is a norm or a bias.
     in_blocks = sum(shape.size for letters, shape in zip(axes, shapes, strict=True) if {"L", "D"} < set(letters))
-    periods = cfg.n_layer / len(cfg.layer_types)
-    keys_seen = periods * sum(window - window**2 / (2 * cfg.block_size) for window in layer_windows(cfg))
+    keys_seen = sum(window - window**2 / (2 * cfg.block_size) for window in layer_windows(cfg))
     return 6 * (in_blocks + cfg.vocab_size * cfg.n_embd) + 12 * cfg.n_head * cfg.head_dim * keys_seen

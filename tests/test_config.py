@@ -101,16 +101,19 @@ def test_a_config_dict_and_its_plain_dict_freeze_alike():
 def test_an_optional_key_can_be_set_and_unset(key):
     """A plain None in a ConfigDict could not be set from the command line."""
     given_values = {"model.rope_scaling": "linear", "sample.top_p": 0.5, "optim.peak_lrs": (0.5, 1.0)}
+    needed_values = {
+        "model.window": {"model.layer_types": ("sliding",)},
+        "model.rope_local_theta": {"model.layer_types": ("sliding",), "model.window": 4},
+        "model.rope_attention_factor": {"model.rope_scaling": "yarn"},
+    }
     value = given_values.get(key) or config.field_type(FIELDS[key])[0](8)
+    needed = needed_values.get(key, {})
     given = default()
-    if key == "model.window":
-        given.model.layer_types = ("sliding",)
+    given.update(set_keys(needed))
     given.update(set_keys({key: value}))
     group, name = key.split(".")
     assert getattr(getattr(freeze(given), group), name) == value
-    if key == "model.window":
-        given.model.layer_types = ("full",)
-    given.update(set_keys({key: None}))
+    given.update(set_keys({name: FIELDS[name].default for name in needed} | {key: None}))
     assert freeze(given) == freeze({})
     with pytest.raises(TypeError):
         given[group][name] = object()
@@ -164,7 +167,18 @@ RULES = [
     ({"model.rope_factor": 0.5, "model.rope_scaling": "ntk"}, ["model.rope_factor (0.5)", "1 or more"]),
     ({"model.layer_types": ()}, ["model.layer_types ()", "sliding"]),
     ({"model.layer_types": ("local",), "model.window": 4}, ["model.layer_types ('local',)", "sliding"]),
-    ({"model.layer_types": ("sliding",) * 4, "model.window": 4}, ["model.n_layer (6)", "multiple", "layer_types"]),
+    ({"model.rope_local_theta": 10.0}, ["model.rope_local_theta (10.0)", "'sliding'", "('full',)"]),
+    ({"model.rope_local_theta": 10.0, "model.use_rope": False}, ["model.rope_local_theta (10.0)", "use_rope=True"]),
+    ({"model.rope_dim": 6, "model.use_rope": False}, ["model.rope_dim (6)", "use_rope=True"]),
+    ({"model.rope_dim": 7}, ["model.rope_dim (7)", "even"]),
+    ({"model.rope_dim": 18}, ["model.rope_dim (18)", "model.head_dim (16)"]),
+    ({"model.rope_layers": ()}, ["model.rope_layers ()", "True"]),
+    ({"model.rope_layers": (True, False), "model.use_rope": False}, ["model.rope_layers ((True, False))", "use_rope"]),
+    ({"model.rope_attention_factor": 1.5}, ["model.rope_attention_factor (1.5)", "yarn"]),
+    ({"model.qk_norm_axes": "width"}, ["model.qk_norm_axes ('width')", "qk_norm=True"]),
+    ({"model.qk_norm_axes": "row", "model.qk_norm": True}, ["model.qk_norm_axes ('row')", "head, width"]),
+    ({"model.norm_placement": "before"}, ["model.norm_placement ('before')", "pre, post, both"]),
+    ({"model.embed_scale": 0.0}, ["model.embed_scale (0.0)", "above 0"]),
     ({"model.layer_types": ("sliding",)}, ["model.window (None)", "('sliding',)"]),
     ({"model.window": 4}, ["model.window (4)", "('full',)"]),
     ({"model.compute_dtype": "float16"}, ["model.compute_dtype ('float16')", "bfloat16"]),

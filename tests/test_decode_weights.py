@@ -30,6 +30,7 @@ def logits(cfg, params):
         dict(),
         dict(use_rope=False, use_rmsnorm=False, use_bias=True, mlp="gelu"),
         dict(tie_embeddings=False, qk_norm=True, mlp="geglu", layer_types=("sliding", "full"), window=5),
+        dict(qk_norm=True, qk_norm_axes="width", norm_placement="post", qkv_bias=True, embed_scale=2.0),
     ],
     ids=lambda values: ",".join(values) or "default",
 )

@@ -105,6 +105,9 @@ def test_cached_decoding_equals_a_full_forward_for_every_token(use_rope, use_rms
         dict(layer_types=("sliding", "full"), window=3),
         dict(use_bias=True, qk_norm=True, tie_embeddings=False, attn_softcap=2.0, final_softcap=9.0),
         dict(n_kv_head=1, rope_scaling="yarn", rope_factor=2.0),
+        dict(layer_types=("sliding", "full"), window=3, rope_local_theta=9.0, rope_layers=(True, True, False)),
+        dict(norm_placement="both", parallel_residual=True, embed_scale=3.0, rope_dim=2, attn_scale=0.4),
+        dict(norm_placement="post", qk_norm=True, qk_norm_axes="width", qkv_bias=True, norm_weight_offset=1.0),
     ],
     ids=lambda values: ",".join(values),
 )

@@ -16,6 +16,13 @@ from llm_jax.config import MLPS, ModelConfig, freeze
 SHAPE = dict(n_embd=20, n_head=6, n_kv_head=2, head_dim=4, mlp_dim=28, n_layer=2, block_size=9, vocab_size=13)
 COMBINATIONS = [dict(use_rope=r, use_rmsnorm=n) for r in (True, False) for n in (True, False)]
 EVERYTHING = dict(use_bias=True, qk_norm=True, tie_embeddings=False)
+# What published families differ in.
+PUBLISHED = [
+    dict(n_layer=5, layer_types=("sliding", "sliding", "full"), window=3, rope_local_theta=50.0, norm_placement="both"),
+    dict(n_layer=3, rope_layers=(True, False), qk_norm=True, qk_norm_axes="width", norm_placement="post"),
+    dict(norm_weight_offset=1.0, embed_scale=4.5, attn_scale=0.3, qk_norm=True, qkv_bias=True),
+    dict(use_rmsnorm=False, use_bias=True, parallel_residual=True, rope_dim=2, attn_out_bias=False, mlp_bias=False),
+]
 GPT2 = dict(use_rope=False, use_rmsnorm=False)
 
 
@@ -66,29 +73,37 @@ def written_out(cfg, params, tokens, inv_freq=None, rope_scale=1.0):
     """The logits in float64. `inv_freq`: rope's frequencies, by default theta^(-2i/H)."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     length = tokens.shape[1]
-    if inv_freq is None:
-        inv_freq = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+    if inv_freq is None and cfg.use_rope:
+        inv_freq = cfg.rope_theta ** (-np.arange(0, cfg.rope_dim, 2) / cfg.rope_dim)
 
     def norm(x, weights):
         if not cfg.use_rmsnorm:
             x = x - x.mean(-1, keepdims=True)
-        scaled = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * weights["weight"]
+        scaled = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps)
+        scaled = scaled * (weights["weight"] + cfg.norm_weight_offset)
         return scaled + weights.get("bias", 0)
 
-    def rope(x):  # [B, T, heads, H], pairs (i, i + H/2)
-        angle = (np.arange(length)[:, None] * np.asarray(inv_freq))[:, None]
-        a, b = np.split(x, 2, -1)
-        cos, sin = np.cos(angle) * rope_scale, np.sin(angle) * rope_scale
-        return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+    def rope(x, kind):  # [B, T, heads, H], pairs (i, i + R) of the first 2 R channels
+        is_local = kind == "sliding" and cfg.rope_local_theta
+        frequencies = cfg.rope_local_theta ** (-np.arange(0, cfg.rope_dim, 2) / cfg.rope_dim) if is_local else inv_freq
+        scale = 1 if is_local else rope_scale
+        angle = (np.arange(length)[:, None] * np.asarray(frequencies))[:, None]
+        a, b, rest = np.split(x, [cfg.rope_dim // 2, cfg.rope_dim], -1)
+        cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
-    def attention(x, w, kind):
+    def attention(x, w, layer):
+        kind = cfg.layer_types[layer % len(cfg.layer_types)]
         q, k, v = (np.einsum("btd,dnh->btnh", x, w[n]) + w.get(f"{n}_bias", 0) for n in "qkv")
-        if cfg.qk_norm:
+        if cfg.qk_norm and cfg.qk_norm_axes == "head":
             q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
-        if cfg.use_rope:
-            q, k = rope(q), rope(k)
+        elif cfg.qk_norm:
+            flat = {"weight": w["q_width_norm"]["weight"].reshape(-1)}, {"weight": w["k_width_norm"]["weight"].reshape(-1)}
+            q, k = (norm(y.reshape(*y.shape[:2], -1), n).reshape(y.shape) for y, n in zip((q, k), flat, strict=True))
+        if cfg.use_rope and cfg.rope_layers[layer % len(cfg.rope_layers)]:
+            q, k = rope(q, kind), rope(k, kind)
         k, v = (np.repeat(y, cfg.n_head // cfg.n_kv_head, axis=2) for y in (k, v))
-        scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(cfg.head_dim)
+        scores = np.einsum("btnh,bsnh->bnts", q, k) * (cfg.attn_scale or cfg.head_dim**-0.5)
         if cfg.attn_softcap:
             scores = cfg.attn_softcap * np.tanh(scores / cfg.attn_softcap)
         distance = np.arange(length)[:, None] - np.arange(length)
@@ -106,13 +121,18 @@ def written_out(cfg, params, tokens, inv_freq=None, rope_scale=1.0):
             hidden = ACTIVATIONS[cfg.mlp](up)
         return hidden @ w["down"] + w.get("down_bias", 0)
 
-    x = params["embed"]["tokens"][np.asarray(tokens)]
+    x = params["embed"]["tokens"][np.asarray(tokens)] * cfg.embed_scale
     if not cfg.use_rope:
         x = x + params["embed"]["positions"][:length]
     for i in range(cfg.n_layer):
         w = jax.tree.map(lambda leaf: leaf[i], params["blocks"])  # noqa: B023
-        x = x + attention(norm(x, w["attn_norm"]), w["attn"], cfg.layer_types[i % len(cfg.layer_types)])
-        x = x + mlp(norm(x, w["mlp_norm"]), w["mlp"])
+        before, after = (
+            lambda x, name, used=used: norm(x, w[name]) if used else x  # noqa: B023
+            for used in (cfg.norm_placement != "post", cfg.norm_placement != "pre")
+        )
+        attended = x + after(attention(before(x, "attn_norm"), w["attn"], i), "attn_post_norm")
+        mlp_input = before(x if cfg.parallel_residual else attended, "mlp_norm")
+        x = attended + after(mlp(mlp_input, w["mlp"]), "mlp_post_norm")
     logits = (
         norm(x, params["final_norm"])
         @ (params["embed"]["tokens"] if cfg.tie_embeddings else params["lm_head"]["weight"]).T
@@ -127,6 +147,7 @@ VARIANTS = [
     EVERYTHING | GPT2,
     dict(attn_softcap=0.5, final_softcap=0.7),
     dict(n_layer=4, layer_types=("sliding", "full"), window=3, rope_theta=100.0, norm_eps=0.1),
+    *PUBLISHED,
     dict(n_kv_head=None),
     dict(n_kv_head=1, attention="blockwise"),
 ]

@@ -218,7 +218,7 @@ class Ours:
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(used))
         one = 2 * cfg.n_kv_head * cfg.head_dim * jnp.dtype(cfg.compute_dtype).itemsize
         seen = [min(self._prompt_tokens + new_tokens / 2, window) for window in model.layer_windows(cfg)]
-        return weights + batch * one * sum(seen) * cfg.n_layer / len(seen)
+        return weights + batch * one * sum(seen)
 
     def _read(self, times: int) -> float:
         """Seconds of that many products of a large matrix with a vector."""

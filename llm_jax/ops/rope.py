@@ -21,6 +21,7 @@ class RopeScaling(NamedTuple):
     high_freq_factor: float = 4.0  # llama3: those turning more often than this are left alone
     beta_fast: float = 32.0  # yarn: the same two bounds, in turns over original_length
     beta_slow: float = 1.0
+    attention_factor: float | None = None  # yarn: the `scale`; None: 0.1 ln(factor) + 1
 
 
 def rope(
@@ -85,7 +86,9 @@ def rope_frequencies(
         first, last = max(first, 0), min(last, head_dim - 1)
         # The 0.001 is the reference's way out of a division by zero.
         kept = 1 - (channel - first) / (last - first if last != first else 0.001)
-        scale = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+        scale = scaling.attention_factor
+        if scale is None:
+            scale = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
     else:
         raise ValueError(f"rope scaling kind {kind!r} is not one of linear, ntk, llama3, yarn")
 
