@@ -42,6 +42,7 @@ class ModelConfig:
     n_head: int = 8
     n_layer: int = 6
     block_size: int = 256  # context length in tokens
+    family: str | None = None  # published family that it came from, and is exported as; None: the first of its shape
     use_rope: bool = True  # False: learned absolute positions, as GPT-2
     use_rmsnorm: bool = True  # False: LayerNorm
     n_kv_head: int | None = None  # grouped-query attention; None: as many as n_head
@@ -151,6 +152,7 @@ class SampleConfig:
     presence_penalty: float = 0.0  # subtracted from the logits of tokens that the continuation holds
     frequency_penalty: float = 0.0  # the same, for each time
     min_new_tokens: int = 0  # so many before a stop token may come
+    stop_tokens: tuple[int, ...] | None = None  # ids that end a text; None: the tokenizer's end of text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,31 +249,41 @@ def check_keys(keys: Iterable[str]) -> None:
             raise InputError(unknown_key(key, known))
 
 
-def for_inference(cfg: Config, *, dtype: str | None, rope_scaling: str | None, rope_factor: float | None) -> Config:
-    """The config of a trained model in another dtype, or seeing rope_factor times its block_size."""
-    changes = {} if dtype is None else {"param_dtype": dtype, "compute_dtype": dtype}
+def in_dtype(cfg: Config, dtype: str | None) -> Config:
+    """With parameters and computation in the dtype; None: as they are."""
+    if dtype is None:
+        return cfg
+    return dataclasses.replace(
+        cfg, model=_model(dataclasses.replace(cfg.model, param_dtype=dtype, compute_dtype=dtype))
+    )
+
+
+def stretched(cfg: Config, *, rope_scaling: str | None, rope_factor: float | None) -> Config:
+    """The config of a trained model that sees rope_factor times its block_size; both None: as it is."""
     if (rope_scaling is None) != (rope_factor is None):
         raise InputError(
             f"rope_scaling ({rope_scaling!r}) and rope_factor ({rope_factor}) go together: how positions are "
             f"stretched ({', '.join(ROPE_SCALINGS)}), and how much"
         )
+    if rope_scaling is None:
+        return cfg
     m = cfg.model
-    if rope_scaling is not None:
-        if m.rope_scaling is not None:
-            raise InputError(f"this model has rope_scaling {m.rope_scaling!r} already; leave rope_scaling out")
-        stretched = m.block_size * rope_factor
-        if not m.block_size + 1 <= stretched <= MAX_NEW_TOKENS:
-            raise InputError(
-                f"rope_factor ({rope_factor}) times block_size ({m.block_size}) must be from {m.block_size + 1} to "
-                f"{MAX_NEW_TOKENS}"
-            )
-        changes |= {
-            "rope_scaling": rope_scaling,
-            "rope_factor": rope_factor,
-            "rope_original_length": m.block_size,
-            "block_size": round(stretched),
-        }
-    return dataclasses.replace(cfg, model=_model(dataclasses.replace(m, **changes)))
+    if m.rope_scaling is not None:
+        raise InputError(f"this model has rope_scaling {m.rope_scaling!r} already; leave rope_scaling out")
+    length = m.block_size * rope_factor
+    if not m.block_size + 1 <= length <= MAX_NEW_TOKENS:
+        raise InputError(
+            f"rope_factor ({rope_factor}) times block_size ({m.block_size}) must be from {m.block_size + 1} to "
+            f"{MAX_NEW_TOKENS}"
+        )
+    scaled = dataclasses.replace(
+        m,
+        rope_scaling=rope_scaling,
+        rope_factor=rope_factor,
+        rope_original_length=m.block_size,
+        block_size=round(length),
+    )
+    return dataclasses.replace(cfg, model=_model(scaled))
 
 
 def _model(m: ModelConfig) -> ModelConfig:
@@ -447,8 +459,10 @@ def _train(t: TrainConfig) -> TrainConfig:
 
 def _sample(s: SampleConfig) -> SampleConfig:
     request = dataclasses.asdict(s)
-    del request["prompt"]
+    del request["prompt"], request["stop_tokens"]
     check_sampling(**request, prefix="sample.")
+    if s.stop_tokens is not None and not all(token >= 0 for token in s.stop_tokens):
+        raise InputError(f"sample.stop_tokens {s.stop_tokens} must be ids of tokens, 0 or more")
     return s
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llm_jax import checkpoint, decode_weights, decoding, engine, export, model, pretrained
-from llm_jax.config import CACHE_DTYPES, WEIGHTS, Config, ModelConfig, for_inference
+from llm_jax import checkpoint, decode_weights, decoding, engine, export, model, pretrained, run_folder
+from llm_jax.config import CACHE_DTYPES, WEIGHTS, Config, ModelConfig, stretched
 from llm_jax.errors import InputError
 from llm_jax.text_model import TextModel
 from llm_jax.tokenizers import Tokenizer
@@ -48,9 +48,8 @@ def load(
     for name, value, choices in (("weights", weights, WEIGHTS), ("cache_dtype", cache_dtype, CACHE_DTYPES)):
         if value is not None and value not in choices:
             raise InputError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
-    config, params, tokenizer = pretrained.load_run(os.path.expanduser(path), step=step)
-    config = for_inference(config, dtype=dtype, rope_scaling=rope_scaling, rope_factor=rope_factor)
-    params = jax.tree.map(lambda leaf: leaf.astype(config.model.param_dtype), params)
+    config, params, tokenizer = pretrained.load(path, step=step, dtype=dtype)
+    config = stretched(config, rope_scaling=rope_scaling, rope_factor=rope_factor)
     return LanguageModel(config, params, tokenizer, weights=weights, cache_dtype=cache_dtype)
 
 
@@ -66,7 +65,12 @@ class LanguageModel(TextModel):
         weights: str | None = None,
         cache_dtype: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, vocab_size=config.model.vocab_size, block_size=config.model.block_size)
+        super().__init__(
+            tokenizer,
+            vocab_size=config.model.vocab_size,
+            block_size=config.model.block_size,
+            stop_tokens=config.sample.stop_tokens,
+        )
         self.config = config
         self.params = params
         self.weights = weights
@@ -108,7 +112,20 @@ class LanguageModel(TextModel):
             raise InputError(f"{str(path)!r} holds a run already; save to another folder")
         with checkpoint.open_checkpoints(path / "checkpoints") as manager:
             checkpoint.save(manager, 0, {"params": self.params}, val_loss=None)
-        pretrained.write_run(path, self.config, self.tokenizer)
+        run_folder.write_run(path, self.config, self.tokenizer)
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = pretrained.MAX_SHARD_BYTES) -> None:
+        """Writes a Hugging Face folder that transformers opens with equal logits.
+
+        As `config.model.family`, or the first published family that has this model's shape.
+
+        Args:
+            max_shard_bytes: of a file of weights, unless one tensor has more.
+
+        Raises:
+            InputError: no family has this shape (it names the fields that have no counterpart); the folder is there.
+        """
+        pretrained.save_hf(folder, self.config, self.params, self.tokenizer, max_shard_bytes=max_shard_bytes)
 
     def export(self, path: str | Path, *, platforms: Sequence[str] = ()) -> None:
         """Writes a folder that `llm_jax.load_exported` opens: compiled forms, parameters, tokenizer.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from llm_jax import checkpoint, pretrained, sharding
+from llm_jax import checkpoint, run_folder, sharding
 from llm_jax.config import Config, split_runs
 from llm_jax.errors import InputError
 from llm_jax.progress import say
@@ -41,7 +41,7 @@ class Runs:
     def write(self, tokenizer: Tokenizer) -> None:
         if self.stacked:
             for run, folder in zip(self.configs, self.folders, strict=True):
-                pretrained.write_run(folder, run, tokenizer)
+                run_folder.write_run(folder, run, tokenizer)
 
     @contextlib.contextmanager
     def open_checkpoints(self) -> Iterator[None]:

@@ -40,8 +40,12 @@ class Sample(NamedTuple):
 class TextModel(abc.ABC):
     """What `LanguageModel` and an exported model have in common. A subclass says what continues tokens: `_engine`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, block_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, vocab_size: int, block_size: int, stop_tokens: Sequence[int] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._stop_tokens = eos if stop_tokens is None else tuple(stop_tokens)
         self._vocab_size, self._block_size = vocab_size, block_size
         self._num_ids = min(tokenizer.vocab_size, vocab_size)  # ids from there on stand for no text
 
@@ -85,7 +89,7 @@ class TextModel(abc.ABC):
             presence_penalty, frequency_penalty: what is subtracted from the logit of a token that the continuation
                 holds already, once and for each time.
             logit_bias: token -> what is added to its logit; -inf forbids it.
-            stop_tokens: ids that end a row; None: the tokenizer's end of text, (): none.
+            stop_tokens: ids that end a row; None: the model's own, else the tokenizer's end of text; (): none.
             stop_strings: texts that end a row, which is cut before the first of them in its continuation.
             min_new_tokens: as many tokens come before a stop token may; stop strings are not held up.
             long_prompt: what becomes of a prompt longer than block_size. "keep_tail": the model sees its
@@ -208,7 +212,7 @@ class TextModel(abc.ABC):
         if not all(isinstance(stop, str) and stop for stop in stop_strings):
             raise InputError(f"stop_strings ({stop_strings!r}) must be texts of at least one character, in a list")
         if stop_tokens is None:
-            stop_tokens = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+            stop_tokens = self._stop_tokens
         if isinstance(stop_tokens, int):
             raise InputError(f"stop_tokens ({stop_tokens}) must be a list of ids")
         stop_tokens = [whole_number("stop_tokens", token) for token in stop_tokens]
@@ -284,6 +288,11 @@ class TextModel(abc.ABC):
             raise InputError(
                 "the prompt is empty and this tokenizer has no beginning-of-text token to start from; "
                 "give at least one character"
+            )
+        if ids and (largest := max(ids)) >= self._vocab_size:
+            raise InputError(
+                f"the text becomes token {largest} ({self.tokenizer.backend.id_to_token(largest)!r}), and this model "
+                f"has embeddings of {self._vocab_size}"
             )
         return ids or begin
 

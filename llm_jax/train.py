@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import data, model, pretrained, sharding, train_step
+from llm_jax import data, model, run_folder, sharding, train_step
 from llm_jax.cache import cache_folder, keep_compiled_programs
 from llm_jax.config import Config, as_dict, freeze
 from llm_jax.config_file import load_file
@@ -93,7 +93,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         raise InputError(f"sample.prompt ({cfg.sample.prompt!r}): {error}; or set another sample.prompt") from None
     runs = Runs(cfg, workdir)
     batches = _Batches(cfg, corpus, runs, mesh)
-    pretrained.make_folder(workdir)
+    run_folder.make_folder(workdir)
     total, without_embeddings = model.count_params(cfg.model)
     device = mesh.devices.flat[0]
     say(f"{total:,} parameters, {without_embeddings:,} without embeddings, on {mesh.size} x {device.device_kind}")
@@ -105,7 +105,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_here(workdir))
         _check_same_run(workdir, cfg, tokenizer)
-        pretrained.write_run(workdir, cfg, tokenizer)
+        run_folder.write_run(workdir, cfg, tokenizer)
         runs.write(tokenizer)
         stack.enter_context(runs.open_checkpoints())
         saved_step = runs.last_step()
@@ -197,7 +197,7 @@ def _check_same_run(workdir: Path, cfg: Config, tokenizer: Tokenizer | None) -> 
     """Raises InputError if the folder holds another run; without a tokenizer, by what the corpus does not decide."""
     if not (workdir / "config.json").exists():
         return
-    recorded, recorded_tokenizer = pretrained.read_run(workdir)
+    recorded, recorded_tokenizer = run_folder.read_run(workdir)
     old, new = (
         {f"{group}.{name}": value for group, values in as_dict(c).items() for name, value in values.items()}
         for c in (recorded, cfg)

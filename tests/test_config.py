@@ -173,7 +173,7 @@ RULES = [
     ({"model.rope_dim": 7}, ["model.rope_dim (7)", "even"]),
     ({"model.rope_dim": 18}, ["model.rope_dim (18)", "model.head_dim (16)"]),
     ({"model.rope_layers": ()}, ["model.rope_layers ()", "True"]),
-    ({"model.rope_layers": (True, False), "model.use_rope": False}, ["model.rope_layers ((True, False))", "use_rope"]),
+    ({"model.rope_layers": (True, False), "model.use_rope": False}, ["model.rope_layers ((True, False))", "use_rop"]),
     ({"model.rope_attention_factor": 1.5}, ["model.rope_attention_factor (1.5)", "yarn"]),
     ({"model.qk_norm_axes": "width"}, ["model.qk_norm_axes ('width')", "qk_norm=True"]),
     ({"model.qk_norm_axes": "row", "model.qk_norm": True}, ["model.qk_norm_axes ('row')", "head, width"]),

@@ -18,7 +18,7 @@ COMBINATIONS = [dict(use_rope=r, use_rmsnorm=n) for r in (True, False) for n in 
 EVERYTHING = dict(use_bias=True, qk_norm=True, tie_embeddings=False)
 # What published families differ in.
 PUBLISHED = [
-    dict(n_layer=5, layer_types=("sliding", "sliding", "full"), window=3, rope_local_theta=50.0, norm_placement="both"),
+    dict(n_layer=5, layer_types=("sliding",) * 2 + ("full",), window=3, rope_local_theta=50.0, norm_placement="both"),
     dict(n_layer=3, rope_layers=(True, False), qk_norm=True, qk_norm_axes="width", norm_placement="post"),
     dict(norm_weight_offset=1.0, embed_scale=4.5, attn_scale=0.3, qk_norm=True, qkv_bias=True),
     dict(use_rmsnorm=False, use_bias=True, parallel_residual=True, rope_dim=2, attn_out_bias=False, mlp_bias=False),
@@ -85,8 +85,9 @@ def written_out(cfg, params, tokens, inv_freq=None, rope_scale=1.0):
 
     def rope(x, kind):  # [B, T, heads, H], pairs (i, i + R) of the first 2 R channels
         is_local = kind == "sliding" and cfg.rope_local_theta
-        frequencies = cfg.rope_local_theta ** (-np.arange(0, cfg.rope_dim, 2) / cfg.rope_dim) if is_local else inv_freq
-        scale = 1 if is_local else rope_scale
+        frequencies, scale = inv_freq, rope_scale
+        if is_local:
+            frequencies, scale = cfg.rope_local_theta ** (-np.arange(0, cfg.rope_dim, 2) / cfg.rope_dim), 1
         angle = (np.arange(length)[:, None] * np.asarray(frequencies))[:, None]
         a, b, rest = np.split(x, [cfg.rope_dim // 2, cfg.rope_dim], -1)
         cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
@@ -98,8 +99,9 @@ def written_out(cfg, params, tokens, inv_freq=None, rope_scale=1.0):
         if cfg.qk_norm and cfg.qk_norm_axes == "head":
             q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
         elif cfg.qk_norm:
-            flat = {"weight": w["q_width_norm"]["weight"].reshape(-1)}, {"weight": w["k_width_norm"]["weight"].reshape(-1)}
-            q, k = (norm(y.reshape(*y.shape[:2], -1), n).reshape(y.shape) for y, n in zip((q, k), flat, strict=True))
+            weights = (jax.tree.map(np.ravel, w[f"{name}_width_norm"]) for name in "qk")
+            flat = ((y, y.reshape(*y.shape[:2], -1)) for y in (q, k))
+            q, k = (norm(y, n).reshape(heads.shape) for (heads, y), n in zip(flat, weights, strict=True))
         if cfg.use_rope and cfg.rope_layers[layer % len(cfg.rope_layers)]:
             q, k = rope(q, kind), rope(k, kind)
         k, v = (np.repeat(y, cfg.n_head // cfg.n_kv_head, axis=2) for y in (k, v))

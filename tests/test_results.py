@@ -24,7 +24,7 @@ from statistics import median
 import pytest
 
 import llm_jax
-from llm_jax import corpus, model, pretrained
+from llm_jax import corpus, model, run_folder
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -146,7 +146,7 @@ def test_shakespeare_context_256(clean_env, tmp_path):
     workdir = tmp_path / "shakespeare"
     flags = [f"--config.data.path={path}", f"--workdir={workdir}"]
     _, seconds = run(clean_env, "-m", "llm_jax.main", "--config=configs/shakespeare_char.py", *flags)
-    cfg = pretrained.read_run(workdir)[0]
+    cfg = run_folder.read_run(workdir)[0]
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     million = cfg.train.batch_size * cfg.model.block_size / 1e6  # tokens of a step
     curve = [(line["step"] * million, line["val_loss"]) for line in lines if "val_loss" in line]
@@ -231,7 +231,7 @@ def test_nanogpt(clean_env, tmp_path):
         command = ("-m", "llm_jax.main", "--config=configs/shakespeare_char_cpu.py", f"--workdir={workdir}", *flags)
         _, seconds = run(clean_env | {"LLM_JAX_CACHE": str(cache)}, *command)
         last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-        million = model.count_params(pretrained.read_run(workdir)[0].model)[0] / 1e6
+        million = model.count_params(run_folder.read_run(workdir)[0].model)[0] / 1e6
         ours.append({"seconds": seconds, "loss": last["val_loss_full"], "million_parameters": million})
     mine, nano = (median(each["seconds"] for each in runs) for runs in (ours, theirs))
     times = [their["seconds"] / our["seconds"] for their, our in zip(theirs, ours, strict=True)]

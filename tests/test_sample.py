@@ -12,7 +12,7 @@ import pytest
 from commands import Commands
 
 import llm_jax
-from llm_jax import config, model, pretrained, tokenizers
+from llm_jax import config, model, run_folder, tokenizers
 from llm_jax.report import read_metrics
 
 
@@ -213,9 +213,9 @@ def folders(tiny_run, tmp_path_factory):
     (root / "empty").mkdir()
     (root / "file.txt").write_text("text\n")
     (root / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    cfg, tokenizer = pretrained.read_config(tiny_run), tokenizers.byte_tokenizer()
-    pretrained.write_run(root / "unsaved", cfg, tokenizer)
-    pretrained.write_run(root / "saving", cfg, tokenizer)
+    cfg, tokenizer = run_folder.read_config(tiny_run), tokenizers.byte_tokenizer()
+    run_folder.write_run(root / "unsaved", cfg, tokenizer)
+    run_folder.write_run(root / "saving", cfg, tokenizer)
     (root / "saving" / "checkpoints").mkdir()
     for name, text in {"broken": '{"model": {', "foreign": '{"hidden_size": 64}', "list": "[]"}.items():
         shutil.copytree(root / "unsaved", root / name)

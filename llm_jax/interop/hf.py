@@ -1,0 +1,181 @@
+"""Hugging Face folders: generation_config.json and safetensors, read and written one tensor at a time."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from llm_jax.errors import InputError
+from llm_jax.files import write_whole
+from llm_jax.interop.families import Family
+from llm_jax.interop.tensors import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts them
+READABLE = ("F32", "F16", "BF16")
+# Constants that older versions of transformers saved with the weights.
+BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        InputError: it can't be read, is no JSON, or holds something else.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file} can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} holds no JSON object")
+    return values
+
+
+class Safetensors:
+    """The tensors of a folder's safetensors file, or files where there is an index; each is read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}  # by the tensor's name
+        for name in self._file_names(folder):
+            try:
+                file = safetensors.safe_open(folder / name, framework="numpy")
+                names = list(file.keys())
+            except (safetensors.SafetensorError, OSError) as error:
+                raise InputError(f"{folder / name} can't be opened as safetensors ({_one_line(error)})") from None
+            for tensor in names:
+                if tensor in self._files:
+                    raise InputError(f"{folder}: tensor {tensor} is in two files")
+                self._files[tensor] = file
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def read(self, name: str) -> np.ndarray:
+        """Raises InputError for a tensor that is no float of 16 or 32 bits."""
+        file = self._files[name]
+        try:
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in READABLE:
+                raise InputError(f"tensor {name} has dtype {dtype}; known are {', '.join(READABLE)}")
+            return file.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"tensor {name} can't be read ({_one_line(error)})") from None
+
+    @staticmethod
+    def _file_names(folder: Path) -> list[str]:
+        if not (folder / INDEX).is_file():
+            if (folder / SINGLE).is_file():
+                return [SINGLE]
+            pickled = next(folder.glob("pytorch_model*.bin"), None)
+            remedy = f"; {pickled.name} may run code when it is opened, and is not" if pickled else ""
+            raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}{remedy}")
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise InputError(f"{folder / INDEX} has no weight_map of file names")
+        names = sorted(set(places.values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f"{folder / INDEX} names {name!r}, which is no safetensors file of the folder")
+        return names
+
+
+def find_tensors(family: Family, groups: Sequence[Sequence[Tensor]], names: set[str]) -> dict[str, str]:
+    """The name in the file of each tensor of a model. A file of the family's base class leaves out the first part.
+
+    Raises:
+        InputError: one is missing, or there is one that is not known.
+    """
+    wanted = [tensor.name for group in groups for tensor in group]
+    prefix = family.rows[0].foreign.split(".")[0] + "."
+    is_base = not any(name.startswith(prefix) for name in names)
+    found = {name: name.removeprefix(prefix) if is_base else name for name in wanted}
+    if missing := [name for name in wanted if found[name] not in names]:
+        raise InputError(f"tensor {found[missing[0]]} is missing ({len(missing)} of {len(wanted)} are)")
+    # Tied to the embeddings by the config, whatever it holds.
+    output = next(row.foreign for row in family.rows if row.ours == ("lm_head/weight",))
+    for name in sorted(names - set(found.values()) - {output}):
+        if not BUFFERS.search(name):
+            raise InputError(f"tensor {name} is not known of {family.model_type}, and may change what it computes")
+    return found
+
+
+def write_safetensors(
+    folder: Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], *, max_shard_bytes: int
+) -> None:
+    """Writes model.safetensors, or with more bytes than that several files and their index; one is in memory.
+
+    sizes: bytes of each tensor, in the order in which they come.
+    """
+    shards = list(_shards(sizes, max_shard_bytes))
+    file_names = [SINGLE] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+    ]
+    tensors = iter(tensors)
+    for file_name, names in zip(file_names, shards, strict=True):
+        held = dict(next(tensors) for _ in names)
+        assert list(held) == names
+        safetensors.numpy.save_file(held, folder / file_name, metadata={"format": "pt"})
+        del held
+    if len(shards) > 1:
+        places = {name: file for file, names in zip(file_names, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if names and total + size > max_shard_bytes:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
+
+
+# generation_config.json's key -> SampleConfig's field and the value of either that stands for none
+GENERATION = {
+    "temperature": ("temperature", None),
+    "top_k": ("top_k", 0),
+    "top_p": ("top_p", 1.0),
+    "min_p": ("min_p", None),
+    "repetition_penalty": ("repetition_penalty", None),
+}
+
+
+def read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """SampleConfig's fields: how the model's makers sample from it, and what ends a text."""
+    file = folder / "generation_config.json"
+    given = read_json(file) if file.is_file() else {}
+    fields: dict[str, Any] = {}
+    if given.get("do_sample"):
+        for key, (field, none) in GENERATION.items():
+            if given.get(key) is not None:
+                fields[field] = None if none is not None and given[key] == none else given[key]
+    stop = given.get("eos_token_id", config.get("eos_token_id"))
+    if stop is not None:
+        fields["stop_tokens"] = tuple(stop) if isinstance(stop, list) else (stop,)
+    return fields
+
+
+def write_generation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json of SampleConfig's fields; greedy is not to sample."""
+    given = {"do_sample": fields["temperature"] > 0}
+    if given["do_sample"]:
+        given |= {key: none if fields[field] is None else fields[field] for key, (field, none) in GENERATION.items()}
+    return given
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

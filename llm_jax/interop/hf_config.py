@@ -1,0 +1,353 @@
+"""config.json of a Hugging Face folder <-> fields of ModelConfig. What is not known is refused by name."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax.config import LAYER_TYPES, ModelConfig, freeze
+from llm_jax.errors import InputError
+from llm_jax.interop.families import FAMILIES, FULL, SLIDING, Family
+
+FAMILY = {family.model_type: family for family in FAMILIES}
+# (activation, whether it is of a gated MLP) -> our mlp
+MLPS = {
+    ("silu", True): "swiglu",
+    ("swish", True): "swiglu",
+    ("gelu_pytorch_tanh", True): "geglu",
+    ("gelu_new", False): "gelu_tanh",
+    ("gelu_pytorch_tanh", False): "gelu_tanh",
+    ("gelu_fast", False): "gelu_tanh",
+    ("gelu", False): "gelu",
+    ("relu2", False): "relu2",
+}
+# What parameters become; float16 has too few exponents to train.
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+
+# Of no consequence for logits: how it was made and trained, how others should run it, and its special tokens, which
+# the tokenizer and generation_config.json tell.
+IGNORED = frozenset(
+    "_name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id cache_implementation "
+    "chunk_size_feed_forward classifier_dropout dtype embd_pdrop embedding_dropout eos_token_id finetuning_task "
+    "gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder is_llama_config "
+    "label2id model_type n_ctx output_attentions output_hidden_states output_router_logits pad_token_id "
+    "pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict rope_interleaved "
+    "router_aux_loss_coef router_jitter_noise sep_token_id summary_activation summary_first_dropout "
+    "summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers.js_config "
+    "transformers_version unk_token_id use_cache use_mrope".split()
+)
+ROPE_TYPES = {"default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+ROPE_KEYS = {
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "original_max_position_embeddings": "rope_original_length",
+        "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+    },
+    "yarn": {
+        "factor": "rope_factor",
+        "original_max_position_embeddings": "rope_original_length",
+        "beta_fast": "rope_beta_fast",
+        "beta_slow": "rope_beta_slow",
+        "attention_factor": "rope_attention_factor",
+    },
+}
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    """The family of a config.json, and its model.
+
+    Raises:
+        InputError: an architecture, a key or a value that is not known here; a value of the wrong kind.
+    """
+    family = _family(config)
+    known = {*family.keys, *family.defaults, *family.needed, *IGNORED, *_other_keys(family)}
+    for key, value in config.items():
+        if key not in known and not _is_unset(value):
+            raise InputError(
+                f"config.json: {key} ({value!r}) is not known of {family.model_type}, and may change what it computes"
+            )
+    given = dict(family.defaults) | {key: value for key, value in config.items() if key in known}
+    if "_sliding_window_pattern" in config:
+        given["sliding_window_pattern"] = config["_sliding_window_pattern"]
+    for key, values in family.needed.items():
+        if key in given and given[key] not in values:
+            raise InputError(f"config.json: {key} ({given[key]!r}) must be {' or '.join(map(repr, values))}")
+    fields: dict[str, Any] = dict(family.fixed)
+    for key, ours in family.keys.items():
+        if key not in given:
+            raise InputError(f"config.json of {family.model_type} has no {key}; it must say")
+        fields |= dict.fromkeys(ours, given[key])
+    fields["mlp"] = _mlp(family, given)
+    if fields.get("use_rope", True):
+        fields |= _rope(family, given)
+        fields |= _layers(family, given)
+    if "query_pre_attn_scalar" in family.defaults and family.lists_layer_types:
+        fields["attn_scale"] = _attn_scale(given)
+    if family.scales_embeddings:
+        fields["embed_scale"] = given["hidden_size"] ** 0.5
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"config.json: dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
+    stored = DTYPES[dtype or "float32"]
+    fields |= {"family": family.model_type, "param_dtype": stored, "compute_dtype": stored}
+    try:
+        return family, freeze({"model": fields}).model
+    except InputError as error:
+        raise InputError(f"config.json: {error}") from None
+
+
+def write_config(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    """The family that a model is one of, by its `family` or the first of its shape, and its config.json.
+
+    What its config.json says is read back and compared, so nothing of the model can be lost. The weights of norms
+    are the caller's to move from `norm_weight_offset` to the family's.
+
+    Raises:
+        InputError: no family has all of the model's fields; it names those that the nearest has otherwise.
+    """
+    nearest: tuple[int, str] | None = None
+    if model.family is not None and model.family not in FAMILY:
+        raise InputError(f"model.family ({model.family!r}) must be one of {', '.join(FAMILY)}, or left out")
+    for family in FAMILIES if model.family is None else [FAMILY[model.family]]:
+        config = _config(family, model)
+        back = read_config(config)[1]
+        own, there = _canonical(model), _canonical(back)
+        wrong = [
+            f"model.{name} ({getattr(model, name)!r}, there {getattr(back, name)!r})"
+            for name in sorted(own.keys() | there.keys())
+            if (name in own) != (name in there) or own.get(name) != there.get(name)
+        ]
+        if not wrong:
+            return family, config
+        if nearest is None or len(wrong) < nearest[0]:
+            nearest = len(wrong), f"{', '.join(wrong)} has no counterpart in {family.model_type}"
+    raise InputError(
+        f"no published family has this model's shape: {nearest[1]}, the nearest; it can be saved as a run's folder"
+    )
+
+
+def _canonical(model: ModelConfig) -> dict[str, Any]:
+    """The fields that decide the network, those without a part in it left out, patterns at their shortest."""
+    fields = dataclasses.asdict(model)
+    unused = {"family", "dropout", "attention", "layer_execution", "remat", "compute_dtype", "norm_weight_offset"}
+    if model.use_rmsnorm:
+        unused |= {"use_bias"}  # LayerNorm's; those of products have fields of their own
+    if not model.use_rope:
+        unused |= {"rope_theta", "rope_layers"}
+    scaling_fields = {field for keys in ROPE_KEYS.values() for field in keys.values()}
+    unused |= scaling_fields - set(ROPE_KEYS.get(model.rope_scaling, {}).values())
+    if not model.qk_norm:
+        unused |= {"qk_norm_axes"}
+    for name in ("layer_types", "rope_layers"):
+        pattern = fields[name]
+        fields[name] = _period([pattern[layer % len(pattern)] for layer in range(model.n_layer)])
+    if model.attn_scale is None:
+        fields["attn_scale"] = model.head_dim**-0.5
+    return {name: _rounded(value) for name, value in fields.items() if name not in unused}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers that differ by their way through a square root are the same."""
+    return float(f"{value:.12g}") if isinstance(value, float) else value
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    family = FAMILY.get(model_type) if isinstance(model_type, str) else None
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if family is None or (architecture is not None and architecture not in (family.architecture, _base(family))):
+        raise InputError(
+            f"config.json: model_type {model_type!r} with architecture {architecture!r} is not known; known are "
+            f"{', '.join(FAMILY)}, as language models"
+        )
+    if config.get("quantization_config"):
+        raise InputError("config.json: quantization_config is not known; give the model that it was made from")
+    return family
+
+
+def _base(family: Family) -> str:
+    """Without the output projection's class: files of it are the same, with shorter names."""
+    return family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+
+
+def _other_keys(family: Family) -> set[str]:
+    """Keys that functions below read."""
+    keys = {family.activation}
+    if family.fixed.get("use_rope", True):
+        keys |= {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+    if family.local_theta is not None:
+        keys |= {"rope_local_base_freq", "_sliding_window_pattern"}
+    if family.lists_layer_types:
+        keys |= {"layer_types"}
+    return keys
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value is False or value in ({}, [])
+
+
+def _attn_scale(given: Mapping[str, Any]) -> float | None:
+    scalar, head_dim = given["query_pre_attn_scalar"], given["head_dim"]
+    return None if scalar == head_dim else scalar**-0.5
+
+
+def _mlp(family: Family, given: Mapping[str, Any]) -> str:
+    activation = given.get(family.activation)
+    is_gated = any("mlp/gate" in each.ours for each in family.rows)
+    if family.model_type == "gemma":
+        # Its first config.json said "gelu" and meant the approximation, and says so under another key since.
+        activation = given["hidden_activation"] or ("gelu_pytorch_tanh" if activation == "gelu" else activation)
+    if (activation, is_gated) not in MLPS:
+        there = ", ".join(name for name, gated in MLPS if gated == is_gated)
+        raise InputError(f"config.json: {family.activation} ({activation!r}) must be one of {there}")
+    return MLPS[activation, is_gated]
+
+
+def _layers(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
+    """layer_types, window, rope_layers."""
+    fields: dict[str, Any] = {}
+    n_layer = given["num_hidden_layers"]
+    if "no_rope_layers" in family.defaults:
+        ropes = given["no_rope_layers"]  # 1 for a layer that has it
+        if ropes is None:
+            ropes = [(layer + 1) % given["no_rope_layer_interval"] != 0 for layer in range(n_layer)]
+        given = {**given, "no_rope_layers": ropes}
+        fields["rope_layers"] = _period([bool(has) for has in _for_each_layer("no_rope_layers", ropes, n_layer)])
+    if family.layer_types is None:
+        return fields
+    kinds = given.get("layer_types") if family.lists_layer_types else None
+    if kinds is None:
+        kinds = family.layer_types(given)
+    else:
+        kinds = [str(kind).removesuffix("_attention") for kind in _for_each_layer("layer_types", kinds, n_layer)]
+        if unknown := set(kinds) - set(LAYER_TYPES):
+            raise InputError(f"config.json: layer_types has {sorted(unknown)[0]!r}; known are full and sliding")
+    fields["layer_types"] = _period(kinds)
+    if SLIDING in kinds:
+        fields["window"] = given["sliding_window"]
+    return fields
+
+
+def _for_each_layer(key: str, values: Any, n_layer: int) -> Sequence[Any]:
+    if not isinstance(values, list) or len(values) != n_layer:
+        raise InputError(f"config.json: {key} must be a list of num_hidden_layers ({n_layer}) values")
+    return values
+
+
+def _rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
+    """In both spellings: one dict since transformers 5, two or more keys before."""
+    nested = given.get("rope_parameters") or {}
+    local: dict[str, Any] = {}
+    if "full_attention" in nested or "sliding_attention" in nested:
+        local, nested = nested.get("sliding_attention") or {}, nested.get("full_attention") or {}
+    rope = dict(given.get("rope_scaling") or {}) | dict(nested)
+    theta, fraction = rope.pop("rope_theta", None), rope.pop("partial_rotary_factor", None)
+    theta = theta or given.get("rope_theta") or given.get("rotary_emb_base") or family.theta
+    fraction = fraction or given.get("partial_rotary_factor") or given.get("rotary_pct")
+    kind, legacy = rope.pop("rope_type", None), rope.pop("type", None)
+    kind = kind or legacy or "default"
+    if kind not in ROPE_TYPES:
+        raise InputError(f"config.json: rope_type ({kind!r}) must be one of {', '.join(ROPE_TYPES)}")
+    fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": ROPE_TYPES[kind]}
+    head_dim = given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
+    if fraction is not None and fraction != 1 and family.rotary_fraction is None:
+        raise InputError(f"config.json: {family.model_type} has no partial_rotary_factor ({fraction})")
+    fields["rope_dim"] = int(head_dim * (fraction or family.rotary_fraction or 1))
+    if kind == "yarn":
+        rope = _yarn(rope)
+    if kind in ("llama3", "yarn"):
+        length = given.get("original_max_position_embeddings") or given["max_position_embeddings"]
+        rope.setdefault("original_max_position_embeddings", length)
+    keys = ROPE_KEYS.get(kind, {})
+    for key, value in rope.items():
+        if key in keys:
+            fields[keys[key]] = value
+        elif not _is_unset(value) and key not in ("factor", "original_max_position_embeddings"):
+            raise InputError(f"config.json: rope's {key} ({value!r}) is not known of rope_type {kind!r}")
+    if family.local_theta is not None:
+        if local.get("rope_type", "default") != "default":
+            raise InputError(f"config.json: rope_type ({local['rope_type']!r}) of sliding layers must be 'default'")
+        local_theta = local.get("rope_theta") or given.get("rope_local_base_freq") or family.local_theta
+        fields["rope_local_theta"] = float(local_theta)
+    return fields
+
+
+def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
+    """With attention_factor in the place of the two numbers that it may be given by."""
+    mscale, mscale_all = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    if rope.pop("truncate", True) is not True:
+        raise InputError("config.json: rope's truncate (False) is not known of rope_type 'yarn'")
+    if rope.get("attention_factor") is None and mscale and mscale_all:
+        log = 0.1 * math.log(rope["factor"])
+        rope["attention_factor"] = (mscale * log + 1) / (mscale_all * log + 1)
+    return {key: value for key, value in rope.items() if value is not None}
+
+
+def _config(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """config.json of a model as one of the family; what the family can't say is left out."""
+    config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    config |= {key: getattr(model, fields[0]) for key, fields in family.keys.items()}
+    is_gated = any("mlp/gate" in each.ours for each in family.rows)
+    names = {(mlp, gated): name for (name, gated), mlp in reversed(MLPS.items())}
+    activation = names.get((model.mlp, is_gated), family.defaults[family.activation])
+    config[family.activation] = activation
+    if family.model_type == "gemma":
+        config["hidden_activation"] = activation
+    config["dtype"] = config["torch_dtype"] = model.param_dtype
+    if not family.fixed.get("use_rope", True):
+        return config
+    if "query_pre_attn_scalar" in family.defaults and family.lists_layer_types:
+        scalar = model.head_dim if model.attn_scale is None else model.attn_scale**-2
+        whole = round(scalar)
+        config["query_pre_attn_scalar"] = whole if math.isclose(scalar, whole, rel_tol=1e-9) else scalar
+    config |= _rope_config(family, model)
+    if family.layer_types is not None:
+        kinds = [model.layer_types[layer % len(model.layer_types)] for layer in range(model.n_layer)]
+        config["sliding_window"] = model.window
+        if "use_sliding_window" in family.defaults:
+            config["use_sliding_window"] = model.window is not None
+        if "max_window_layers" in family.defaults:
+            config["max_window_layers"] = kinds.count(FULL)
+        if family.lists_layer_types:
+            config["layer_types"] = [f"{kind}_attention" for kind in kinds]
+    if "no_rope_layers" in family.defaults:
+        ropes = [model.rope_layers[layer % len(model.rope_layers)] for layer in range(model.n_layer)]
+        config["no_rope_layers"] = [int(has_rope) for has_rope in ropes]
+    return config
+
+
+def _rope_config(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """In both spellings, so that older readers open it too."""
+    rope = {key: getattr(model, field) for key, field in ROPE_KEYS.get(model.rope_scaling, {}).items()}
+    kind = next((name for name, scaling in ROPE_TYPES.items() if scaling == model.rope_scaling), "default")
+    rope = {"rope_type": kind} | {key: value for key, value in rope.items() if value is not None}
+    theta = model.rope_theta
+    fraction = {}
+    if model.rope_dim is not None and family.rotary_fraction is not None:
+        fraction = {"partial_rotary_factor": _fraction(model)}
+    parameters: dict[str, Any] = {"rope_theta": theta, **fraction, **rope}
+    older: dict[str, Any] = {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope, **fraction}
+    if family.local_theta is not None:
+        local = model.rope_local_theta or theta
+        older["rope_local_base_freq"] = local
+        parameters = {
+            "full_attention": parameters,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    if family.model_type == "gpt_neox":
+        older |= {"rotary_emb_base": theta, "rotary_pct": _fraction(model)}
+    return older | {"rope_parameters": parameters}
+
+
+def _fraction(model: ModelConfig) -> float:
+    """Of the channels that turn; its readers multiply and cut."""
+    fraction = model.rope_dim / model.head_dim
+    return fraction if int(fraction * model.head_dim) == model.rope_dim else math.nextafter(fraction, 1)
+
+
+def _period(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The shortest sequence that these are the repetition of, the last one perhaps cut."""
+    length = next(n for n in range(1, len(values) + 1) if all(v == values[i % n] for i, v in enumerate(values)))
+    return tuple(values[:length])

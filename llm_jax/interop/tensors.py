@@ -1,0 +1,194 @@
+"""How a foreign tensor holds parameters of ours: rows of tables, read for import and for export alike."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]  # "blocks/attn/q" -> its shape; that of one layer after the leading L
+INPUTS = {"attn/o": 2}  # axes that a matrix takes in, the first of its axes; of every other matrix one
+
+
+class Row(NamedTuple):
+    """One kind of foreign tensor.
+
+    ours: the parameters in it, joined along their outputs, as model.AXES names them.
+    foreign: its name, with {layer} and {expert} where there is one for each.
+    layout: of LAYOUTS.
+    """
+
+    ours: tuple[str, ...]
+    foreign: str
+    layout: str = "linear"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters in the tree: those of layers are under blocks."""
+        return tuple(f"blocks/{name}" if "{layer}" in self.foreign else name for name in self.ours)
+
+
+def row(ours: str, foreign: str, layout: str = "linear") -> Row:
+    """`ours` in one string: "attn/q attn/k attn/v"."""
+    return Row(tuple(ours.split()), foreign, layout)
+
+
+class Tensor(NamedTuple):
+    """One foreign tensor of a model: which parameters it holds, and of which layer and expert."""
+
+    row: Row
+    name: str
+    layer: int | None
+    expert: int | None
+    shapes: tuple[Shape, ...]  # of each of row.ours, without layer and expert
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where in a parameter it goes."""
+        return tuple(at for at in (self.layer, self.expert) if at is not None)
+
+    @property
+    def shape(self) -> Shape:
+        return LAYOUTS[self.row.layout].shape(self.row.ours, self.shapes)
+
+    def split(self, array: np.ndarray) -> list[np.ndarray]:
+        """The parameters in it, as views where they lie as ours do.
+
+        Raises:
+            ValueError: another shape than these parameters make.
+        """
+        if array.shape != self.shape:
+            raise ValueError(f"tensor {self.name} has shape {list(array.shape)}, its config makes {list(self.shape)}")
+        return LAYOUTS[self.row.layout].split(array, self.row.ours, self.shapes)
+
+    def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
+        """The inverse of `split`, contiguous."""
+        joined = LAYOUTS[self.row.layout].join(parameters, self.row.ours)
+        return np.ascontiguousarray(joined.reshape(self.shape))
+
+
+def tensors(rows: Sequence[Row], shapes: Shapes) -> Iterator[list[Tensor]]:
+    """All tensors of a model with these parameters; together those that the same parameters are made of.
+
+    A row of parameters that the model does not have is left out.
+
+    Raises:
+        ValueError: a parameter that is in no row.
+    """
+    rows = [each for each in rows if set(each.paths) <= shapes.keys()]
+    held = {path for each in rows for path in each.paths}
+    if missing := sorted(shapes.keys() - held):
+        raise ValueError(f"no tensor of this family holds {', '.join(missing)}")
+    for each in rows:
+        all_shapes = [shapes[path] for path in each.paths]
+        layers = range(all_shapes[0][0]) if "{layer}" in each.foreign else [None]
+        inner = [shape[1:] if "{layer}" in each.foreign else shape for shape in all_shapes]
+        experts = range(inner[0][0]) if "{expert}" in each.foreign else [None]
+        inner = [shape[1:] if "{expert}" in each.foreign else shape for shape in inner]
+        yield [
+            Tensor(each, each.foreign.format(layer=layer, expert=expert), layer, expert, tuple(inner))
+            for layer in layers
+            for expert in experts
+        ]
+
+
+def fill(
+    groups: Iterable[list[Tensor]], shapes: Shapes, read: Callable[[str], np.ndarray], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, parameter) in the dtype, all layers in one; of the foreign tensors one is in memory at a time.
+
+    Raises:
+        ValueError: a tensor of another shape than its parameters make.
+    """
+    for group in groups:
+        paths = group[0].row.paths
+        parameters = [np.empty(shapes[path], dtype) for path in paths]
+        for tensor in group:
+            for parameter, part in zip(parameters, tensor.split(read(tensor.name)), strict=True):
+                parameter[tensor.place] = part
+        yield from zip(paths, parameters, strict=True)
+
+
+def join(groups: Iterable[list[Tensor]], parameter: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, foreign tensor); `parameter` gives what lies at a path."""
+    for group in groups:
+        parameters = [parameter(path) for path in group[0].row.paths]
+        for tensor in group:
+            yield tensor.name, tensor.join([each[tensor.place] for each in parameters])
+
+
+class Layout(NamedTuple):
+    """How parameters lie in a foreign tensor: its shape, and the way there and back."""
+
+    shape: Callable[[Sequence[str], Sequence[Shape]], Shape]
+    split: Callable[[np.ndarray, Sequence[str], Sequence[Shape]], list[np.ndarray]]
+    join: Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
+
+
+def _sides(name: str, shape: Shape) -> tuple[int, int]:
+    """(inputs, outputs) of a matrix."""
+    inputs = INPUTS.get(name, 1)
+    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
+
+def _matrix_shape(names: Sequence[str], shapes: Sequence[Shape]) -> Shape:
+    sides = [_sides(name, shape) for name, shape in zip(names, shapes, strict=True)]
+    return sides[0][0], sum(outputs for _, outputs in sides)
+
+
+def _split_matrix(array: np.ndarray, names: Sequence[str], shapes: Sequence[Shape]) -> list[np.ndarray]:
+    ends = np.cumsum([_sides(name, shape)[1] for name, shape in zip(names, shapes, strict=True)])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(array, ends, axis=1), shapes, strict=True)]
+
+
+def _join_matrix(parameters: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+    flat = [p.reshape(_sides(name, p.shape)) for p, name in zip(parameters, names, strict=True)]
+    return flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
+
+
+def _split_vector(array: np.ndarray, names: Sequence[str], shapes: Sequence[Shape]) -> list[np.ndarray]:
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(array, ends), shapes, strict=True)]
+
+
+def _by_head(parameters: Sequence[np.ndarray]) -> np.ndarray:
+    """GPT-NeoX: queries, keys and values of the first head, then of the next; [..., N, H] each -> [..., N, 3, H]."""
+    return np.stack(parameters, axis=-2)
+
+
+def _split_by_head(array: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    *lead, heads, channels = shapes[0]
+    by_head = array.reshape(*lead, heads, 3, channels)
+    return [by_head[..., i, :] for i in range(3)]
+
+
+LAYOUTS = {
+    # torch.nn.Linear: outputs first.
+    "linear": Layout(
+        lambda names, shapes: _matrix_shape(names, shapes)[::-1],
+        lambda array, names, shapes: _split_matrix(array.T, names, shapes),
+        lambda parameters, names: _join_matrix(parameters, names).T,
+    ),
+    # GPT-2's Conv1D: inputs first, as ours.
+    "conv1d": Layout(_matrix_shape, _split_matrix, _join_matrix),
+    # Rows that are looked up, as ours.
+    "table": Layout(
+        lambda names, shapes: shapes[0], lambda array, names, shapes: [array], lambda parameters, names: parameters[0]
+    ),
+    "vector": Layout(
+        lambda names, shapes: (sum(map(math.prod, shapes)),),
+        _split_vector,
+        lambda parameters, names: np.concatenate([p.reshape(-1) for p in parameters]),
+    ),
+    "heads": Layout(
+        lambda names, shapes: _matrix_shape(names, shapes)[::-1],
+        lambda array, names, shapes: _split_by_head(array.T, shapes),
+        lambda parameters, names: _by_head(parameters).reshape(parameters[0].shape[0], -1).T,
+    ),
+    "heads_vector": Layout(
+        lambda names, shapes: (sum(map(math.prod, shapes)),),
+        lambda array, names, shapes: _split_by_head(array, shapes),
+        lambda parameters, names: _by_head(parameters).reshape(-1),
+    ),
+}
