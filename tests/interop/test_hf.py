@@ -90,7 +90,9 @@ MODELS = {
     "phi3": (
         "Phi3Config",
         SMALL | dict(original_max_position_embeddings=96),
-        OTHER | dict(sliding_window=7, original_max_position_embeddings=96) | roped(500.0, partial_rotary_factor=0.58),
+        OTHER
+        | dict(sliding_window=7, original_max_position_embeddings=96)
+        | roped(500.0, partial_rotary_factor=0.58),
     ),
     "gpt_neox": (
         "GPTNeoXConfig",
@@ -165,13 +167,14 @@ def test_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(made, name, i
     logits = torch.stack(out.logits, 1)[..., :256]
     top = torch.topk(logits, 2).values
     samples = lm.generate_detailed(prompts, max_new_tokens=32, temperature=0.0, stop_tokens=())
+    compared = 0
     for row, sample in enumerate(samples):
-        clear = (top[row, :, 0] - top[row, :, 1] > 1e-3).numpy()
         expected = out.sequences[row, longest:].numpy()
-        drawn = logits[row].argmax(-1).numpy()
-        certain = len(clear) if (clear & (drawn == expected)).all() else int(np.argmin(clear & (drawn == expected)))
-        assert certain > 4
+        clear = (top[row, :, 0] - top[row, :, 1] > 1e-3).numpy()
+        certain = 32 if clear.all() else int(np.argmin(clear))
         assert sample.tokens[:certain] == expected[:certain].tolist()
+        compared += certain
+    assert compared > 40  # of 128
 
 
 @pytest.mark.parametrize("name, i", CASES)
