@@ -49,6 +49,9 @@ class ModelConfig:
     head_dim: int | None = None  # None: n_embd / n_head
     mlp: str = "swiglu"  # gelu (erf) | gelu_tanh | swiglu | geglu | relu2
     mlp_dim: int | None = None  # None: 4 n_embd; 8/3 n_embd, down to a multiple of 8, for the gated kinds
+    n_expert: int | None = None  # MLPs of mlp_dim to choose from for each token; None: one, for all
+    n_expert_per_token: int = 2
+    normalize_experts: bool = True  # the chosen ones' weights sum to 1; False: to their share of all
     norm_eps: float = 1e-5
     vocab_size: int | None = None  # None: the tokenizer's; larger pads it
     qk_norm: bool = False  # norm of queries and keys before rope
@@ -298,6 +301,8 @@ def _model(m: ModelConfig) -> ModelConfig:
         "vocab_size",
         "window",
         "rope_dim",
+        "n_expert",
+        "n_expert_per_token",
     ):
         _at_least("model", m, name, 1)
     for name in (
@@ -388,6 +393,12 @@ def _model(m: ModelConfig) -> ModelConfig:
         )
     if m.qk_norm_axes == "width" and not m.qk_norm:
         raise InputError("model.qk_norm_axes ('width') needs model.qk_norm=True")
+    if m.n_expert is not None and m.n_expert_per_token > m.n_expert:
+        raise InputError(
+            f"model.n_expert_per_token ({m.n_expert_per_token}) must be at most model.n_expert ({m.n_expert})"
+        )
+    if m.n_expert is not None and (m.use_bias if m.mlp_bias is None else m.mlp_bias):
+        raise InputError(f"model.n_expert ({m.n_expert}) needs model.mlp_bias=False: experts have no biases")
     biases = {
         name: m.use_bias if getattr(m, name) is None else getattr(m, name)
         for name in ("qkv_bias", "attn_out_bias", "mlp_bias")

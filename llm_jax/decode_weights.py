@@ -32,8 +32,8 @@ def _layer(cfg: ModelConfig, int8: bool, blocks: model.Params, layer: Array) -> 
     laid_out = jax.tree.map(lambda leaf: leaf[layer], blocks)
     for module, products in PRODUCTS.items():
         for names in products:
-            if not set(names) <= laid_out[module].keys():
-                continue  # an MLP without gate; joined already
+            if not set(names) <= laid_out.get(module, {}).keys():
+                continue  # an MLP without gate; joined already; experts, which lie as they are
             matrices = [laid_out[module].pop(name) for name in names]
             # The model's width D is on one side: the inputs where it comes first.
             inputs = -1 if names in (("o",), ("down",)) else 0

@@ -55,6 +55,10 @@ AXES = {
     "mlp/gate_bias": "F",
     "mlp/up_bias": "F",
     "mlp/down_bias": "D",
+    "moe/router": "DE",
+    "moe/gate": "EDF",
+    "moe/up": "EDF",
+    "moe/down": "EFD",
     "final_norm/weight": "D",
     "final_norm/bias": "D",
     "lm_head/weight": "VD",
@@ -77,6 +81,7 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
         "H": cfg.head_dim,
         "F": cfg.mlp_dim,
         "L": cfg.n_layer,
+        "E": cfg.n_expert,
     }
 
 
@@ -311,8 +316,38 @@ class MLP(nn.Module):
         return _project(self, hidden, "down", init=_residual_matrix(cfg), use_bias=cfg.mlp_bias)[0]
 
 
+class Experts(nn.Module):
+    """A mixture of MLPs: each token goes through the few that a router chooses for it; none is dropped."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        cfg, k = self.cfg, self.cfg.n_expert_per_token
+        rows = x.reshape(-1, cfg.n_embd)
+        logits = ops.linear(rows, _declare(self, "router", _MATRIX))
+        weights, experts = ops.route(logits, k=k, normalize=cfg.normalize_experts)
+        places, counts = ops.sort_by_expert(experts, cfg.n_expert)
+
+        def product(rows: Array, name: str, init: nn.initializers.Initializer) -> Array:
+            return checkpoint_name(ops.grouped_linear(rows, _declare(self, name, init), counts), _PRODUCT)
+
+        activation, gated = MLPS[cfg.mlp]
+        rows = rows[places // k]
+        up = product(rows, "up", _MATRIX)
+        if gated:
+            gate = product(rows, "gate", _MATRIX)
+            hidden = _recomputed(cfg, lambda gate, up: activation(gate) * up)(gate, up)
+        else:
+            hidden = _recomputed(cfg, activation)(up)
+        out = product(hidden, "down", _residual_matrix(cfg))
+        chosen = out[jnp.argsort(places)].reshape(*weights.shape, -1)
+        y = jnp.sum(chosen.astype(jnp.float32) * weights[..., None], axis=1)
+        return y.astype(x.dtype).reshape(x.shape)
+
+
 class Block(nn.Module):
-    """Residual block: attention, then MLP or both at once, with norms before or after each."""
+    """Residual block: attention, then an MLP or experts, or both at once; with norms before or after each."""
 
     cfg: ModelConfig
     kind: LayerKind
@@ -338,7 +373,8 @@ class Block(nn.Module):
         update, cache = Attention(cfg, self.kind, self.mesh, name="attn")(before("attn", x), positions, cache)
         attended = x + after("attn", update)
         mlp_input = before("mlp", x if cfg.parallel_residual else attended)
-        return attended + after("mlp", MLP(cfg, name="mlp")(mlp_input)), cache
+        mlp = MLP(cfg, name="mlp") if cfg.n_expert is None else Experts(cfg, name="moe")
+        return attended + after("mlp", mlp(mlp_input)), cache
 
 
 class Embed(nn.Module):
@@ -595,7 +631,13 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
     computed a second time for `remat` counts (Chowdhery et al. 2022, "PaLM", appendix B, with causality).
     """
     axes, shapes = (jax.tree.leaves(tree["blocks"]) for tree in (param_axes(cfg), param_shapes(cfg)))
-    # Of the letters in a block, D and another one make a matrix; "LD" is a norm or a bias.
-    in_blocks = sum(shape.size for letters, shape in zip(axes, shapes, strict=True) if {"L", "D"} < set(letters))
+    # Of the letters in a block, D and another one make a matrix; "LD" is a norm or a bias. Of experts' matrices those
+    # count that a token goes through.
+    share = {True: (cfg.n_expert_per_token / cfg.n_expert) if cfg.n_expert else 1, False: 1}
+    in_blocks = sum(
+        shape.size * share[{"E", "F"} < set(letters)]
+        for letters, shape in zip(axes, shapes, strict=True)
+        if {"L", "D"} < set(letters)
+    )
     keys_seen = sum(window - window**2 / (2 * cfg.block_size) for window in layer_windows(cfg))
     return 6 * (in_blocks + cfg.vocab_size * cfg.n_embd) + 12 * cfg.n_head * cfg.head_dim * keys_seen

@@ -141,7 +141,7 @@ def _by_name(cfg: OptimConfig, schedule: optax.Schedule, mask: Any) -> optax.Gra
 
 # -- Muon
 
-SEPARATE = "LNK"  # axes along which a parameter holds matrices of their own: layers, query and key heads
+SEPARATE = "LNKE"  # axes along which a parameter holds matrices of their own: layers, query and key heads, experts
 MATRICES = ("DH", "HD", "DF", "FD")  # the two axes of a matrix, its input first
 TABLES = ("VD", "CD")  # a row for each token or position
 

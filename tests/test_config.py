@@ -100,7 +100,7 @@ def test_a_config_dict_and_its_plain_dict_freeze_alike():
 @pytest.mark.parametrize("key", OPTIONAL)
 def test_an_optional_key_can_be_set_and_unset(key):
     """A plain None in a ConfigDict could not be set from the command line."""
-    given_values = {"model.rope_scaling": "linear", "sample.top_p": 0.5, "optim.peak_lrs": (0.5, 1.0)}
+    given_values = {"model.rope_scaling": "linear", "sample.top_p": 0.5, "optim.peak_lrs": (0.5, 1.0), "sample.stop_tokens": (2,)}
     needed_values = {
         "model.window": {"model.layer_types": ("sliding",)},
         "model.rope_local_theta": {"model.layer_types": ("sliding",), "model.window": 4},
@@ -178,6 +178,8 @@ RULES = [
     ({"model.qk_norm_axes": "width"}, ["model.qk_norm_axes ('width')", "qk_norm=True"]),
     ({"model.qk_norm_axes": "row", "model.qk_norm": True}, ["model.qk_norm_axes ('row')", "head, width"]),
     ({"model.norm_placement": "before"}, ["model.norm_placement ('before')", "pre, post, both"]),
+    ({"model.n_expert": 2, "model.n_expert_per_token": 3}, ["n_expert_per_token (3)", "model.n_expert (2)"]),
+    ({"model.n_expert": 2, "model.use_bias": True}, ["model.n_expert (2)", "model.mlp_bias=False"]),
     ({"model.embed_scale": 0.0}, ["model.embed_scale (0.0)", "above 0"]),
     ({"model.layer_types": ("sliding",)}, ["model.window (None)", "('sliding',)"]),
     ({"model.window": 4}, ["model.window (4)", "('full',)"]),

@@ -21,6 +21,8 @@ PUBLISHED = [
     dict(n_layer=5, layer_types=("sliding",) * 2 + ("full",), window=3, rope_local_theta=50.0, norm_placement="both"),
     dict(n_layer=3, rope_layers=(True, False), qk_norm=True, qk_norm_axes="width", norm_placement="post"),
     dict(norm_weight_offset=1.0, embed_scale=4.5, attn_scale=0.3, qk_norm=True, qkv_bias=True),
+    dict(n_expert=4, n_expert_per_token=2, norm_placement="both"),
+    dict(n_expert=3, n_expert_per_token=1, normalize_experts=False, mlp="relu2"),
     dict(use_rmsnorm=False, use_bias=True, parallel_residual=True, rope_dim=2, attn_out_bias=False, mlp_bias=False),
 ]
 GPT2 = dict(use_rope=False, use_rmsnorm=False)
@@ -123,6 +125,16 @@ def written_out(cfg, params, tokens, inv_freq=None, rope_scale=1.0):
             hidden = ACTIVATIONS[cfg.mlp](up)
         return hidden @ w["down"] + w.get("down_bias", 0)
 
+    def mixture(x, w):
+        logits = x @ w["router"]
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        shares = np.where(shares >= np.sort(shares, -1)[..., -cfg.n_expert_per_token, None], shares, 0)
+        if cfg.normalize_experts:
+            shares /= shares.sum(-1, keepdims=True)
+        each = [mlp(x, {name: w[name][e] for name in w if name != "router"}) for e in range(cfg.n_expert)]
+        return sum(shares[..., e, None] * y for e, y in enumerate(each))
+
     x = params["embed"]["tokens"][np.asarray(tokens)] * cfg.embed_scale
     if not cfg.use_rope:
         x = x + params["embed"]["positions"][:length]
@@ -134,7 +146,8 @@ def written_out(cfg, params, tokens, inv_freq=None, rope_scale=1.0):
         )
         attended = x + after(attention(before(x, "attn_norm"), w["attn"], i), "attn_post_norm")
         mlp_input = before(x if cfg.parallel_residual else attended, "mlp_norm")
-        x = attended + after(mlp(mlp_input, w["mlp"]), "mlp_post_norm")
+        update = mixture(mlp_input, w["moe"]) if cfg.n_expert else mlp(mlp_input, w["mlp"])
+        x = attended + after(update, "mlp_post_norm")
     logits = (
         norm(x, params["final_norm"])
         @ (params["embed"]["tokens"] if cfg.tie_embeddings else params["lm_head"]["weight"]).T
@@ -434,10 +447,10 @@ def test_bfloat16_compute_is_near_float32(values):
 ALL_VARIANTS = [*COMBINATIONS, *[c | EVERYTHING for c in COMBINATIONS], dict(mlp="gelu", use_bias=True)]
 
 
-@pytest.mark.parametrize("values", ALL_VARIANTS, ids=ids)
+@pytest.mark.parametrize("values", [*ALL_VARIANTS, *PUBLISHED], ids=ids)
 def test_axes_cover_every_parameter_and_give_its_shape(values):
-    cfg = make(n_layer=3, **values)
-    sizes = dict(V=13, C=9, D=20, N=6, K=2, H=4, F=28, L=3)
+    cfg = make(**values | dict(n_layer=3))
+    sizes = dict(V=13, C=9, D=20, N=6, K=2, H=4, F=28, L=3, E=cfg.n_expert)
     assert model.axis_sizes(cfg) == sizes
     shapes = jax.tree.map(lambda leaf: leaf.shape, model.param_shapes(cfg), is_leaf=lambda x: hasattr(x, "shape"))
     expected = jax.tree.map(lambda letters: tuple(sizes[axis] for axis in letters), model.param_axes(cfg))
@@ -579,6 +592,13 @@ def test_flops_are_those_of_the_products_with_attention_at_half(values):
     attention = 12 * cfg.n_layer * cfg.n_head * cfg.head_dim * tokens.shape[1]
     assert tokens.shape[1] == cfg.block_size
     assert product_flops(traced.jaxpr) / tokens.size == model.train_flops_per_token(cfg) + attention / 2
+
+
+def test_flops_of_experts_are_those_of_the_chosen():
+    """Two of four are as many as one MLP of twice the width; the router's are besides."""
+    experts, dense = make(n_expert=4, n_expert_per_token=2, mlp_dim=28), make(mlp_dim=56)
+    router = 6 * experts.n_layer * experts.n_embd * 4
+    assert model.train_flops_per_token(experts) == model.train_flops_per_token(dense) + router
 
 
 def test_flops_of_a_window():

@@ -21,6 +21,7 @@ class Family:
     defaults: what its reader in transformers takes for a key that is left out.
     fixed: fields that all its models share. Others are at ModelConfig's defaults.
     needed: config.json's key -> the only values of it that are known here.
+    aliases: another key -> the one of the above that it means.
     activation: the key of the activation.
     layer_types: of a config that does not list them under "layer_types"; None: all full.
     lists_layer_types: whether a config may do so.
@@ -36,6 +37,7 @@ class Family:
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any]
     needed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     activation: str = "hidden_act"
     layer_types: Callable[[Config], LayerTypes] | None = None
     lists_layer_types: bool = False
@@ -136,6 +138,23 @@ PHI3_ROWS = (
 )
 
 
+def _expert_rows(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    dense = {"mlp/gate", "mlp/up", "mlp/down"}
+    return (
+        *[each for each in _llama_rows() if not dense & {name.removesuffix("_bias") for name in each.ours}],
+        row("moe/router", f"{LAYER}{router}.weight"),
+        row("moe/gate", f"{LAYER}{gate}.weight"),
+        row("moe/up", f"{LAYER}{up}.weight"),
+        row("moe/down", f"{LAYER}{down}.weight"),
+    )
+
+
+_EXPERT = "mlp.experts.{expert}."
+EXPERT_ROWS = _expert_rows("mlp.gate", f"{_EXPERT}gate_proj", f"{_EXPERT}up_proj", f"{_EXPERT}down_proj")
+_EXPERT = "block_sparse_moe.experts.{expert}."
+MIXTRAL_ROWS = _expert_rows("block_sparse_moe.gate", f"{_EXPERT}w1", f"{_EXPERT}w3", f"{_EXPERT}w2")
+
+
 # -- Layers with a window, where a config does not list them
 
 FULL, SLIDING = "full", "sliding"
@@ -150,6 +169,10 @@ def last_slide(config: Config) -> LayerTypes:
     layers = range(config["num_hidden_layers"])
     slides = config["use_sliding_window"] and config["sliding_window"] is not None
     return [SLIDING if slides and layer >= config["max_window_layers"] else FULL for layer in layers]
+
+
+def all_slide_if_used(config: Config) -> LayerTypes:
+    return all_slide(config) if config["use_sliding_window"] else [FULL] * config["num_hidden_layers"]
 
 
 def even_slide(config: Config) -> LayerTypes:
@@ -209,6 +232,7 @@ GEMMA_DEFAULTS = LLAMA_DEFAULTS | {
 GEMMA2_DEFAULTS = GEMMA_DEFAULTS | {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 GEMMA_NEEDED = {"use_bidirectional_attention": (None, False)}
 SOFTCAPS = {"attn_logit_softcapping": ("attn_softcap",), "final_logit_softcapping": ("final_softcap",)}
+EXPERTS = {"num_experts_per_tok": ("n_expert_per_token",), "norm_topk_prob": ("normalize_experts",)}
 GPT2_KEYS = {
     "vocab_size": ("vocab_size",),
     "n_embd": ("n_embd",),
@@ -377,5 +401,55 @@ FAMILIES: tuple[Family, ...] = (
         },
         {"use_rmsnorm": False, "use_bias": True},
         rotary_fraction=0.25,
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        MIXTRAL_ROWS,
+        SHAPE | {"num_local_experts": ("n_expert",), "num_experts_per_tok": ("n_expert_per_token",)},
+        LLAMA_DEFAULTS
+        | {
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        {},
+        layer_types=all_slide,
+        theta=1_000_000.0,
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        (*EXPERT_ROWS, *_qk_norm_rows("norm")),
+        {key: fields for key, fields in SHAPE.items() if key != "intermediate_size"}
+        | {"moe_intermediate_size": ("mlp_dim",), "num_experts": ("n_expert",)}
+        | EXPERTS
+        | ATTENTION_BIAS,
+        QWEN_DEFAULTS
+        | {
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "intermediate_size": None,  # of layers without experts
+        },
+        {"qk_norm": True},
+        {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+        aliases={"num_local_experts": "num_experts"},
+        layer_types=all_slide_if_used,
+    ),
+    Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        (*EXPERT_ROWS, *_qk_norm_rows("width_norm")),
+        SHAPE | {"num_experts": ("n_expert",)} | EXPERTS | ATTENTION_BIAS,
+        LLAMA_DEFAULTS
+        | {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+        {"qk_norm": True, "qk_norm_axes": "width"},
+        {"clip_qkv": (None,)},
+        aliases={"num_local_experts": "num_experts"},
     ),
 )

@@ -62,6 +62,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         InputError: an architecture, a key or a value that is not known here; a value of the wrong kind.
     """
     family = _family(config)
+    config = {family.aliases.get(key, key): value for key, value in config.items()}
     known = {*family.keys, *family.defaults, *family.needed, *IGNORED, *_other_keys(family)}
     for key, value in config.items():
         if key not in known and not _is_unset(value):
@@ -140,6 +141,8 @@ def _canonical(model: ModelConfig) -> dict[str, Any]:
     unused |= scaling_fields - set(ROPE_KEYS.get(model.rope_scaling, {}).values())
     if not model.qk_norm:
         unused |= {"qk_norm_axes"}
+    if model.n_expert is None:
+        unused |= {"n_expert_per_token", "normalize_experts"}
     for name in ("layer_types", "rope_layers"):
         pattern = fields[name]
         fields[name] = _period([pattern[layer % len(pattern)] for layer in range(model.n_layer)])
@@ -188,6 +191,10 @@ def _is_unset(value: Any) -> bool:
     return value is None or value is False or value in ({}, [])
 
 
+def _is_gated(family: Family) -> bool:
+    return any({"mlp/gate", "moe/gate"} & {*each.ours} for each in family.rows)
+
+
 def _attn_scale(given: Mapping[str, Any]) -> float | None:
     scalar, head_dim = given["query_pre_attn_scalar"], given["head_dim"]
     return None if scalar == head_dim else scalar**-0.5
@@ -195,7 +202,7 @@ def _attn_scale(given: Mapping[str, Any]) -> float | None:
 
 def _mlp(family: Family, given: Mapping[str, Any]) -> str:
     activation = given.get(family.activation)
-    is_gated = any("mlp/gate" in each.ours for each in family.rows)
+    is_gated = _is_gated(family)
     if family.model_type == "gemma":
         # Its first config.json said "gelu" and meant the approximation, and says so under another key since.
         activation = given["hidden_activation"] or ("gelu_pytorch_tanh" if activation == "gelu" else activation)
@@ -289,7 +296,7 @@ def _config(family: Family, model: ModelConfig) -> dict[str, Any]:
     """config.json of a model as one of the family; what the family can't say is left out."""
     config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     config |= {key: getattr(model, fields[0]) for key, fields in family.keys.items()}
-    is_gated = any("mlp/gate" in each.ours for each in family.rows)
+    is_gated = _is_gated(family)
     names = {(mlp, gated): name for (name, gated), mlp in reversed(MLPS.items())}
     activation = names.get((model.mlp, is_gated), family.defaults[family.activation])
     config[family.activation] = activation

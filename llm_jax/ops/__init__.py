@@ -4,7 +4,7 @@ Letters used in every shape of the package:
 
     B batch            T query time      S key time       N query heads    K key/value heads
     G = N // K         H head dim        D model width    F MLP width      V vocabulary
-    L layers           R rotated channel pairs of a head (R <= H/2)
+    L layers           R rotated channel pairs of a head (R <= H/2)                  E experts
 
 Arrays are positional, everything else is keyword-only. Reductions, softmax, norms and angles are
 computed in float32 and the caller's dtype is returned. A float32 product is a float32 product on
@@ -15,6 +15,7 @@ are `sys.modules["llm_jax.ops.rope"]`.
 """
 
 from llm_jax.ops.attention import MASK_VALUE, attention, cached_attention, einsum_f32, masked_attention
+from llm_jax.ops.experts import grouped_linear, route, sort_by_expert
 from llm_jax.ops.kv_cache import (
     EmptyCache,
     LayerCache,
@@ -48,6 +49,7 @@ __all__ = [
     "draw",
     "einsum_f32",
     "fill_cache",
+    "grouped_linear",
     "grow_cache",
     "layer_norm",
     "linear",
@@ -63,6 +65,8 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "route",
+    "sort_by_expert",
     "top_k_mask",
     "top_p_mask",
     "split_cache",

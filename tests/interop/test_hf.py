@@ -45,7 +45,6 @@ def gemma3_rope(factor):
 LLAMA3 = roped(500.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3["rope_parameters"]["original_max_position_embeddings"] = 24
 YARN = roped(1000.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
-MOE = dict(num_experts_per_tok=2)
 
 # (config class, its arguments): two shapes of each family, with its quirks on.
 MODELS = {
@@ -100,6 +99,27 @@ MODELS = {
         {k: v for k, v in OTHER.items() if k not in ("num_key_value_heads", "head_dim")}
         | dict(hidden_size=96, use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True)
         | roped(300.0, partial_rotary_factor=0.5),
+    ),
+}
+MODELS |= {
+    "mixtral": (
+        "MixtralConfig",
+        SMALL | dict(num_local_experts=4, num_experts_per_tok=2),
+        OTHER | dict(num_local_experts=3, num_experts_per_tok=3, sliding_window=7, tie_word_embeddings=True),
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        SMALL | dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20),
+        OTHER
+        | dict(num_experts=6, num_experts_per_tok=4, moe_intermediate_size=36, norm_topk_prob=True)
+        | dict(attention_bias=True)
+        | YARN,
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        SMALL | dict(num_experts=4, num_experts_per_tok=2),
+        {k: v for k, v in MHA.items() if k != "head_dim"}
+        | dict(num_experts=6, num_experts_per_tok=3, norm_topk_prob=True, tie_word_embeddings=True),
     ),
 }
 CASES = [pytest.param(name, i, id=f"{name}-{i}") for name, (_, *shapes) in MODELS.items() for i in range(len(shapes))]
