@@ -18,7 +18,7 @@ from llm_jax.errors import InputError
 from llm_jax.sampling_rules import MAX_NEW_TOKENS, check_sampling
 
 MLPS = ("gelu", "gelu_tanh", "swiglu", "geglu", "relu2")
-ROPE_SCALINGS = ("linear", "ntk", "llama3", "yarn")
+ROPE_SCALINGS = ("linear", "ntk", "llama3", "yarn", "longrope")
 LAYER_TYPES = ("full", "sliding")
 DTYPES = ("float32", "bfloat16")
 CACHE_DTYPES = (*DTYPES, "int8")  # of keys and values when decoding
@@ -70,14 +70,16 @@ class ModelConfig:
     rope_local_theta: float | None = None  # of sliding layers, whose positions are not scaled then; None: as others
     rope_dim: int | None = None  # the first channels of each head, which turn; None: all
     rope_layers: tuple[bool, ...] = (True,)  # one period of layers that have rope
-    rope_scaling: str | None = None  # None | linear | ntk | llama3 | yarn
+    rope_scaling: str | None = None  # None | linear | ntk | llama3 | yarn | longrope
     rope_factor: float = 1.0  # how many times longer than the trained context
     rope_original_length: int | None = None  # the trained context; None: block_size / rope_factor
     rope_low_freq_factor: float = 1.0  # llama3
     rope_high_freq_factor: float = 4.0  # llama3
     rope_beta_fast: float = 32.0  # yarn
     rope_beta_slow: float = 1.0  # yarn
-    rope_attention_factor: float | None = None  # yarn: multiplies queries and keys; None: 0.1 ln(rope_factor) + 1
+    rope_attention_factor: float | None = None  # yarn, longrope: multiplies queries and keys; None: by rope_factor
+    rope_short_factors: tuple[float, ...] | None = None  # longrope: divide the frequency of each pair of channels,
+    rope_long_factors: tuple[float, ...] | None = None  # these of texts longer than rope_original_length
     layer_types: tuple[str, ...] = ("full",)  # one period of full | sliding
     window: int | None = None  # tokens that a sliding layer sees, itself included
     attn_scale: float | None = None  # multiplies attention scores; None: head_dim^-0.5
@@ -356,11 +358,17 @@ def _model(m: ModelConfig) -> ModelConfig:
             raise InputError(f"model.{name} ({getattr(m, name)!r}) needs model.use_rope=True")
     if not m.rope_layers:
         raise InputError("model.rope_layers () must hold one or more of True, False")
-    if m.rope_attention_factor is not None and m.rope_scaling != "yarn":
+    if m.rope_attention_factor is not None and m.rope_scaling not in ("yarn", "longrope"):
         raise InputError(
-            f"model.rope_attention_factor ({m.rope_attention_factor}) needs model.rope_scaling='yarn', got "
-            f"{m.rope_scaling!r}"
+            f"model.rope_attention_factor ({m.rope_attention_factor}) needs model.rope_scaling='yarn' or 'longrope', "
+            f"got {m.rope_scaling!r}"
         )
+    for name in ("rope_short_factors", "rope_long_factors"):
+        factors = getattr(m, name)
+        if (factors is not None) != (m.rope_scaling == "longrope"):
+            raise InputError(f"model.{name} ({factors}) and rope_scaling='longrope' go together; set both or neither")
+        if factors is not None and not (len(factors) == rope_dim // 2 and min(factors) > 0):
+            raise InputError(f"model.{name} {factors} must hold rope_dim / 2 ({rope_dim // 2}) numbers above 0")
     if not m.rope_factor >= 1:
         raise InputError(f"model.rope_factor ({m.rope_factor}) must be 1 or more")
     if m.use_rope and not m.rope_theta > 1:

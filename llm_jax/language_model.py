@@ -99,7 +99,8 @@ class LanguageModel(TextModel):
         if not self.config.model.use_rope:
             tokens = tokens[: self.config.model.block_size]
         program = self._program(0)
-        return np.asarray(_score(program.cfg, program.num_ids, self._inference_params(), tokens))[: len(ids) - 1]
+        logprobs = _score(program.cfg, program.num_ids, self._inference_params(), tokens, np.int32(len(ids)))
+        return np.asarray(logprobs)[: len(ids) - 1]
 
     def save(self, path: str | Path) -> None:
         """Writes a run's folder that `load` opens: config.json, tokenizer.json and one checkpoint.
@@ -143,7 +144,11 @@ class LanguageModel(TextModel):
     def _engine(self, length: int, draft: Any, draft_tokens: int) -> engine.ModelEngine:
         self._check_draft(draft, draft_tokens, length)
         program = self._program(length)
-        if draft is None or program.slides:  # past learned positions nothing is kept, and nothing gained by a guess
+        cfg = self.config.model
+        grows_longer = cfg.rope_scaling == "longrope" and length > cfg.rope_original_length
+        # Past learned positions nothing is kept, and nothing gained by a guess. Where longrope's frequencies change,
+        # tokens that are read at once would all be read by the last one's.
+        if draft is None or program.slides or grows_longer:
             return engine.ModelEngine(program, self._decode_params())
         if draft == "lookup":
             return engine.ModelEngine(program, self._decode_params(), guesses=engine.Guesses(draft_tokens))
@@ -201,8 +206,14 @@ SCORED = 128  # positions whose logits are held at a time
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(cfg: ModelConfig, num_ids: int, params: model.Params, tokens: Int[Array, "T"]) -> Float[Array, "T-1"]:
-    hidden, output, _ = model.Transformer(cfg).apply({"params": params}, tokens[None], method="hidden")
+def _score(
+    cfg: ModelConfig, num_ids: int, params: model.Params, tokens: Int[Array, "T"], length: Int[Array, ""]
+) -> Float[Array, "T-1"]:
+    positions = None
+    if cfg.rope_scaling == "longrope":  # which asks how long a text is; without, they are known numbers
+        positions = jnp.arange(len(tokens))
+        positions = jnp.where(positions < length, positions, -1)[None]
+    hidden, output, _ = model.Transformer(cfg).apply({"params": params}, tokens[None], positions, method="hidden")
 
     def logprob(position: tuple[Array, Array]) -> Array:
         hidden, target = position

@@ -193,26 +193,29 @@ class Attention(nn.Module):
         q, k, v = _project(self, x, "q", "k", "v", init=_MATRIX, use_bias=cfg.qkv_bias)
         if cfg.qk_norm:
             q, k = _qk_norm(cfg, "q", q), _qk_norm(cfg, "k", k)
-        if self.kind.rope is not None:
-            is_local = self.kind.rope == "local"
-            theta, scaling = (cfg.rope_local_theta, None) if is_local else (cfg.rope_theta, _rope_scaling(cfg))
-            with jax.ensure_compile_time_eval():
-                inv_freq, scale = ops.rope_frequencies(cfg.rope_dim, theta, scaling)
-            q, k = (ops.rope(heads, positions, inv_freq, scale=scale) for heads in (q, k))
+        rotate = _rotation(cfg, self.kind, positions)
+        q, turned = rotate(q, positions), rotate(k, positions)
+        # With longrope a text that grows past the original length turns all keys anew: the cache has them unturned.
+        turns_later = cfg.rope_scaling == "longrope"
+        k = k if turns_later else turned
         if cfg.attn_scale is not None:  # attention multiplies by head_dim^-0.5
             q = q * jnp.asarray(cfg.attn_scale * cfg.head_dim**0.5, q.dtype)
         if cache is None or isinstance(cache, ops.EmptyCache):
             # A window no shorter than the text is no window, and lets attention take its fastest path.
             time = x.shape[1]  # of a program that is exported for any length it is no number
             window = None if isinstance(time, int) and time <= self.kind.window else self.kind.window
-            out = _attend(self.mesh, q, k, v, window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
+            how = dict(window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
+            out = _attend(self.mesh, q, turned, v, **how)
             if cache is not None:
                 cache = ops.fill_cache(cache, k, v, jnp.max(positions, axis=1) + 1)
         else:
             is_ring = isinstance(cache, ops.LayerCache)
             levels = ops.split_cache(cache, positions[:, 0], slots=x.shape[1]) if is_ring else cache
             levels, masks = ops.update_cache(levels, k, v, positions, window=self.kind.window)
-            out = ops.cached_attention(q, [levels.ring, levels.recent], masks, softcap=cfg.attn_softcap)
+            parts = [levels.ring, levels.recent]
+            if turns_later:
+                parts = [_turned(*each, rotate) for each in zip(parts, ops.cache_positions(levels), strict=True)]
+            out = ops.cached_attention(q, parts, masks, softcap=cfg.attn_softcap)
             cache = ops.merge_cache(levels, jnp.max(positions, axis=1) + 1) if is_ring else levels
         out = _project(self, out, "o", init=_residual_matrix(cfg), use_bias=cfg.attn_out_bias, inputs=2)[0]
         return out, cache
@@ -267,10 +270,41 @@ def joined(names: Sequence[str]) -> str:
     return "decode_" + "_".join(names)
 
 
-def _rope_scaling(cfg: ModelConfig) -> ops.RopeScaling | None:
+def _rotation(cfg: ModelConfig, kind: LayerKind, positions: Int[Array, "#B T"]) -> Callable[..., Array]:
+    """(heads [B, X, N, H], positions [B, X]) -> the heads turned, as in texts whose last positions are these."""
+    if kind.rope is None:
+        return lambda heads, positions: heads
+    with jax.ensure_compile_time_eval():
+        if kind.rope == "local":
+            inv_freq, scale = ops.rope_frequencies(cfg.rope_dim, cfg.rope_local_theta)
+        elif cfg.rope_scaling == "longrope":
+            (short, scale), (inv_freq, _) = (
+                ops.rope_frequencies(cfg.rope_dim, cfg.rope_theta, _rope_scaling(cfg, divisors))
+                for divisors in (cfg.rope_short_factors, cfg.rope_long_factors)
+            )
+        else:
+            inv_freq, scale = ops.rope_frequencies(cfg.rope_dim, cfg.rope_theta, _rope_scaling(cfg))
+    if cfg.rope_scaling == "longrope" and kind.rope == "scaled":
+        is_long = jnp.max(positions, axis=1) >= cfg.rope_original_length
+        inv_freq = jnp.where(is_long[:, None, None], inv_freq, short)
+    return functools.partial(_rope, inv_freq=inv_freq, scale=scale)
+
+
+def _rope(heads: Array, positions: Array, inv_freq: Array, scale: float) -> Array:
+    return ops.rope(heads, positions, inv_freq, scale=scale)
+
+
+def _turned(part: ops.LayerCache, positions: Int[Array, "B S"], rotate: Callable[..., Array]) -> ops.LayerCache:
+    """With its keys turned, which were kept as they are."""
+    k = part.k if part.k_scale is None else part.k * part.k_scale[:, :, None]
+    return part._replace(k=rotate(k.transpose(0, 3, 1, 2), positions).transpose(0, 2, 3, 1), k_scale=None)
+
+
+def _rope_scaling(cfg: ModelConfig, divisors: tuple[float, ...] = ()) -> ops.RopeScaling | None:
     if cfg.rope_scaling is None:
         return None
     return ops.RopeScaling(
+        divisors=divisors,
         kind=cfg.rope_scaling,
         factor=cfg.rope_factor,
         original_length=cfg.rope_original_length,

@@ -100,11 +100,15 @@ def test_a_config_dict_and_its_plain_dict_freeze_alike():
 @pytest.mark.parametrize("key", OPTIONAL)
 def test_an_optional_key_can_be_set_and_unset(key):
     """A plain None in a ConfigDict could not be set from the command line."""
-    given_values = {"model.rope_scaling": "linear", "sample.top_p": 0.5, "optim.peak_lrs": (0.5, 1.0), "sample.stop_tokens": (2,)}
+    given_values = {"model.rope_scaling": "linear", "sample.top_p": 0.5, "optim.peak_lrs": (0.5, 1.0)}
+    given_values |= {"model.rope_short_factors": (1.5,) * 8, "model.rope_long_factors": (2.5,) * 8}
+    given_values |= {"sample.stop_tokens": (2,)}
     needed_values = {
         "model.window": {"model.layer_types": ("sliding",)},
         "model.rope_local_theta": {"model.layer_types": ("sliding",), "model.window": 4},
         "model.rope_attention_factor": {"model.rope_scaling": "yarn"},
+        "model.rope_short_factors": {"model.rope_scaling": "longrope", "model.rope_long_factors": (1.0,) * 8},
+        "model.rope_long_factors": {"model.rope_scaling": "longrope", "model.rope_short_factors": (1.0,) * 8},
     }
     value = given_values.get(key) or config.field_type(FIELDS[key])[0](8)
     needed = needed_values.get(key, {})

@@ -37,6 +37,7 @@ IGNORED = frozenset(
     "transformers_version unk_token_id use_cache use_mrope".split()
 )
 ROPE_TYPES = {"default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+ROPE_TYPES |= {"longrope": "longrope", "su": "longrope"}
 ROPE_KEYS = {
     "linear": {"factor": "rope_factor"},
     "llama3": {
@@ -51,6 +52,13 @@ ROPE_KEYS = {
         "beta_fast": "rope_beta_fast",
         "beta_slow": "rope_beta_slow",
         "attention_factor": "rope_attention_factor",
+    },
+    "longrope": {
+        "factor": "rope_factor",
+        "original_max_position_embeddings": "rope_original_length",
+        "attention_factor": "rope_attention_factor",
+        "short_factor": "rope_short_factors",
+        "long_factor": "rope_long_factors",
     },
 }
 
@@ -264,10 +272,13 @@ def _rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
     fields["rope_dim"] = int(head_dim * (fraction or family.rotary_fraction or 1))
     if kind == "yarn":
         rope = _yarn(rope)
-    if kind in ("llama3", "yarn"):
-        length = given.get("original_max_position_embeddings") or given["max_position_embeddings"]
-        rope.setdefault("original_max_position_embeddings", length)
-    keys = ROPE_KEYS.get(kind, {})
+    if kind in ("llama3", "yarn", "su", "longrope"):
+        outside = given.get("original_max_position_embeddings")
+        length = outside or rope.get("original_max_position_embeddings") or given["max_position_embeddings"]
+        rope["original_max_position_embeddings"] = length
+        if ROPE_TYPES[kind] == "longrope" and rope.get("factor") is None:
+            rope["factor"] = max(1.0, given["max_position_embeddings"] / length)
+    keys = ROPE_KEYS.get(ROPE_TYPES[kind], {})
     for key, value in rope.items():
         if key in keys:
             fields[keys[key]] = value
@@ -319,6 +330,8 @@ def _config(family: Family, model: ModelConfig) -> dict[str, Any]:
             config["max_window_layers"] = kinds.count(FULL)
         if family.lists_layer_types:
             config["layer_types"] = [f"{kind}_attention" for kind in kinds]
+    if "original_max_position_embeddings" in family.defaults:
+        config["original_max_position_embeddings"] = model.rope_original_length or model.block_size
     if "no_rope_layers" in family.defaults:
         ropes = [model.rope_layers[layer % len(model.rope_layers)] for layer in range(model.n_layer)]
         config["no_rope_layers"] = [int(has_rope) for has_rope in ropes]

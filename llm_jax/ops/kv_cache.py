@@ -101,7 +101,7 @@ def update_cache(
     Positions rise by one along a row, and rows may differ; a negative position, on a row's right, is padding, which
     sees nothing and is not seen.
     """
-    ring, recent, first = cache
+    recent, first = cache.recent, cache.first
     slots, time = recent.v.shape[SLOTS.v], k_new.shape[1]
     offset = jnp.arange(slots) - (positions[:, :1] - first[:, None])  # which of the new entries goes there
     new = (offset >= 0) & (offset < time)
@@ -112,9 +112,14 @@ def update_cache(
 
     # Behind a barrier: XLA's CPU backend would rotate a new key again for every slot.
     entries = jax.lax.optimization_barrier(_entries(recent.v.dtype, k_new, v_new))
-    held = [_held(first[:, None] - 1, ring.v.shape[SLOTS.v]), first[:, None] + jnp.arange(slots)]
-    masks = [_visible(positions, keys, window) for keys in held]
+    masks = [_visible(positions, keys, window) for keys in cache_positions(cache)]
     return cache._replace(recent=_map(store, recent, entries)), masks
+
+
+def cache_positions(cache: TwoLevelCache) -> list[Int[Array, "B _"]]:
+    """The position that each slot of the ring, and of what lies apart, is for; below 0: none."""
+    first, slots = cache.first[:, None], cache.recent.v.shape[SLOTS.v]
+    return [_held(first - 1, cache.ring.v.shape[SLOTS.v]), first + jnp.arange(slots)]
 
 
 def merge_cache(cache: TwoLevelCache, lengths: Int[Array, "B"]) -> LayerCache:

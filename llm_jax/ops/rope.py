@@ -14,27 +14,29 @@ TABLE_ELEMENTS = 2**20  # the largest table that becomes part of a program, 4 Mi
 class RopeScaling(NamedTuple):
     """How a model trained on `original_length` positions is stretched by `factor`; see rope_frequencies."""
 
-    kind: Literal["linear", "ntk", "llama3", "yarn"]
+    kind: Literal["linear", "ntk", "llama3", "yarn", "longrope"]
     factor: float
     original_length: int
     low_freq_factor: float = 1.0  # llama3: channels turning fewer times than this are fully stretched
     high_freq_factor: float = 4.0  # llama3: those turning more often than this are left alone
     beta_fast: float = 32.0  # yarn: the same two bounds, in turns over original_length
     beta_slow: float = 1.0
-    attention_factor: float | None = None  # yarn: the `scale`; None: 0.1 ln(factor) + 1
+    attention_factor: float | None = None  # yarn, longrope: the `scale`; None: as it follows from `factor`
+    divisors: tuple[float, ...] = ()  # longrope: of each channel's frequency
 
 
 def rope(
     x: Float[Array, "*B T N H"],
     positions: Int[Array, "*#B T"],
-    inv_freq: Float[Array, "R"],
+    inv_freq: Float[Array, "R"] | Float[Array, "*#B 1 R"],
     *,
     scale: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "*B T N H"]:
     """Rotates channel pairs (i, i + R) of each head by positions * inv_freq[i]; R <= H/2, the rest passes.
 
     `inv_freq, scale = rope_frequencies(head_dim, theta, scaling)`; frequencies are data, so that
-    llama3 and YaRN scaling, partial rotary and layers without rope (zeros) need no second function.
+    llama3 and YaRN scaling, partial rotary and layers without rope (zeros) need no second function;
+    [..., 1, R] has those of each text.
     `scale` multiplies cosine and sine, as transformers' attention_scaling does.
     Su et al. 2021, "RoFormer", in the half-split layout of Llama checkpoints.
     """
@@ -60,6 +62,8 @@ def rope_frequencies(
       linear in n between (Llama 3.1).
     - yarn: the same idea, the blend linear in the channel's index between the channels of
       beta_fast and beta_slow turns, and scale = 0.1 ln(factor) + 1 (Peng et al. 2023, "YaRN").
+    - longrope: each inv_freq / divisors[i], which were searched for, one set for texts up to original_length and
+      one for longer ones, and scale = sqrt(1 + ln(factor) / ln(original_length)) (Ding et al. 2024, "LongRoPE").
 
     Raises ValueError for an odd head_dim or an unknown kind. For partial rotary, pass the number of
     rotated channels as head_dim.
@@ -89,10 +93,16 @@ def rope_frequencies(
         scale = scaling.attention_factor
         if scale is None:
             scale = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    elif kind == "longrope":
+        inv_freq = inv_freq / np.asarray(scaling.divisors)
+        scale = scaling.attention_factor
+        if scale is None:
+            stretch = math.log(max(scaling.factor, 1.0)) / math.log(scaling.original_length)
+            scale = math.sqrt(1 + stretch)
     else:
-        raise ValueError(f"rope scaling kind {kind!r} is not one of linear, ntk, llama3, yarn")
+        raise ValueError(f"rope scaling kind {kind!r} is not one of linear, ntk, llama3, yarn, longrope")
 
-    if kind not in (None, "ntk"):
+    if kind not in (None, "ntk", "longrope"):
         kept = np.clip(kept, 0.0, 1.0)
         inv_freq = inv_freq * kept + inv_freq / scaling.factor * (1 - kept)
     return jnp.asarray(inv_freq, jnp.float32), scale

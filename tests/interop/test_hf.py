@@ -46,6 +46,9 @@ LLAMA3 = roped(500.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_
 LLAMA3["rope_parameters"]["original_max_position_embeddings"] = 24
 YARN = roped(1000.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 
+LONGROPE = dict(original_max_position_embeddings=24)
+LONGROPE |= roped(1000.0, rope_type="longrope", short_factor=[1.0, 1.1, 1.2] * 2, long_factor=[1.0, 2.0, 5.0] * 2)
+
 # (config class, its arguments): two shapes of each family, with its quirks on.
 MODELS = {
     "gpt2": (
@@ -88,7 +91,7 @@ MODELS = {
     "olmo2": ("Olmo2Config", SMALL, MHA | dict(attention_bias=True)),
     "phi3": (
         "Phi3Config",
-        SMALL | dict(original_max_position_embeddings=96),
+        SMALL | LONGROPE,
         OTHER
         | dict(sliding_window=7, original_max_position_embeddings=96)
         | roped(500.0, partial_rotary_factor=0.58),
@@ -165,18 +168,13 @@ def test_logits_are_those_of_transformers(made, name, i):
     assert np.abs(found - expected).max() <= 2e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name, i", CASES)
-def test_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(made, name, i):
-    """As text of several lengths here, padded on the left there; up to where two tokens are nearly as likely."""
-    reference, _, lm = made(name, i)
-    prompts = ["".join(map(chr, TOKENS[i % 2, :length] % 128)) for i, length in enumerate((3, 11, 24, 30))]
+def greedy(reference, prompts):
+    """(tokens, raw logits) of 32 greedy tokens by transformers, prompts padded on the left."""
     longest = max(map(len, prompts))
-    padded = np.array([[0] * (longest - len(prompt)) + list(prompt.encode()) for prompt in prompts])
-    mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
         out = reference.generate(
-            torch.tensor(padded),
-            attention_mask=torch.tensor(mask),
+            torch.tensor([[0] * (longest - len(prompt)) + list(prompt.encode()) for prompt in prompts]),
+            attention_mask=torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
             max_new_tokens=32,
             do_sample=False,
             pad_token_id=0,
@@ -184,17 +182,41 @@ def test_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(made, name, i
             output_logits=True,
             return_dict_in_generate=True,
         )
-    logits = torch.stack(out.logits, 1)[..., :256]
-    top = torch.topk(logits, 2).values
+    return out.sequences[:, longest:].numpy(), torch.stack(out.logits, 1)[..., :256]
+
+
+@pytest.mark.parametrize("name, i", CASES)
+def test_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(made, name, i):
+    """As text of several lengths here, padded on the left there; up to where two tokens are nearly as likely."""
+    reference, _, lm = made(name, i)
+    prompts = ["".join(map(chr, TOKENS[i % 2, :length] % 128)) for i, length in enumerate((3, 11, 24, 30))]
+    if lm.config.model.rope_scaling == "longrope":  # there the longest text of a batch decides for all of them
+        alone = [greedy(reference, [prompt]) for prompt in prompts]
+        tokens, logits = (np.concatenate(each) for each in zip(*alone, strict=True))
+    else:
+        tokens, logits = greedy(reference, prompts)
+    top = np.sort(logits, axis=-1)[..., -2:]
     samples = lm.generate_detailed(prompts, max_new_tokens=32, temperature=0.0, stop_tokens=())
     compared = 0
     for row, sample in enumerate(samples):
-        expected = out.sequences[row, longest:].numpy()
-        clear = (top[row, :, 0] - top[row, :, 1] > 1e-3).numpy()
+        clear = top[row, :, 1] - top[row, :, 0] > 1e-3
         certain = 32 if clear.all() else int(np.argmin(clear))
-        assert sample.tokens[:certain] == expected[:certain].tolist()
+        assert sample.tokens[:certain] == tokens[row, :certain].tolist()
         compared += certain
     assert compared > 40  # of 128
+
+
+def test_longrope_turns_texts_within_the_original_length_by_the_short_factors(made):
+    reference, _, lm = made("phi3", 0)
+    short, long = TOKENS[:, :24], TOKENS[:, :25]
+    for tokens in (short, long):
+        expected = logits_of(reference, tokens)
+        assert np.abs(lm.logits(tokens) - expected).max() <= 2e-4 * np.abs(expected).max()
+        scores = [lm.score(row.tolist()) for row in tokens]
+        allowed = torch.log_softmax(torch.tensor(expected[..., :256]), -1).numpy()
+        expected = np.take_along_axis(allowed[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
+    assert np.abs(lm.logits(long)[:, :24] - lm.logits(short)).max() > 0.01
 
 
 @pytest.mark.parametrize("name, i", CASES)
