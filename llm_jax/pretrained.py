@@ -17,7 +17,7 @@ from llm_jax import model, run_folder
 from llm_jax.config import Config, freeze, in_dtype
 from llm_jax.errors import InputError
 from llm_jax.files import write_whole
-from llm_jax.interop import hf, hf_config
+from llm_jax.interop import hf, hf_config, llama2c
 from llm_jax.interop.tensors import Tensor, fill, join, tensors
 from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
@@ -32,17 +32,27 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(path: str | Path, *, step: int | str = "best", dtype: str | None = None) -> Loaded:
-    """Opens a run's workdir or a Hugging Face folder.
+def load(
+    path: str | Path, *, step: int | str = "best", dtype: str | None = None, tokenizer: Tokenizer | None = None
+) -> Loaded:
+    """Opens a run's workdir, a Hugging Face folder or llama2.c's model.bin.
 
     Args:
         step: of a run, "best" (by val_loss) | "last" | a number.
         dtype: of parameters and computation; None: as they are stored.
+        tokenizer: in the place of the model's own.
 
     Raises:
         InputError: there is no model, or one that is not known here.
     """
     path = Path(os.path.expanduser(path))
+    loaded = _load(path, step=step, dtype=dtype, tokenizer=tokenizer)
+    return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer)
+
+
+def _load(path: Path, *, step: int | str, dtype: str | None, tokenizer: Tokenizer | None) -> Loaded:
+    if path.is_file():
+        return load_llama2c(path, dtype=dtype, tokenizer=tokenizer)
     if (path / "config.json").is_file() and "model_type" in hf.read_json(path / "config.json"):
         return load_hf(path, dtype=dtype)
     cfg, params, tokenizer = run_folder.load_run(path, step=step)
@@ -64,6 +74,19 @@ def load_hf(folder: Path, *, dtype: str | None = None) -> Loaded:
         params = _to_device(groups, shapes, lambda name: weights.read(names[name]), cfg.model.param_dtype)
     except (InputError, ValueError) as error:
         raise InputError(f"{folder}: {error}") from None
+    return Loaded(cfg, params, tokenizer)
+
+
+def load_llama2c(path: Path, *, dtype: str | None = None, tokenizer: Tokenizer | None = None) -> Loaded:
+    """Opens a model.bin of llama2.c, with the tokenizer or the tokenizer.bin beside it."""
+    weights = llama2c.Llama2c(path)
+    if tokenizer is None:
+        if not path.with_name("tokenizer.bin").is_file():
+            raise InputError(f"{path} holds no tokenizer, nor is there a tokenizer.bin beside it; give tokenizer=")
+        tokenizer = llama2c.load_tokenizer(path.with_name("tokenizer.bin"))
+    cfg = in_dtype(freeze({"model": vars(weights.config)}), dtype)
+    shapes = param_shapes(cfg.model)
+    params = _to_device(list(tensors(llama2c.ROWS, shapes)), shapes, weights.read, cfg.model.param_dtype)
     return Loaded(cfg, params, tokenizer)
 
 

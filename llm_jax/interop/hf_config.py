@@ -1,6 +1,5 @@
 """config.json of a Hugging Face folder <-> fields of ModelConfig. What is not known is refused by name."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from llm_jax.config import LAYER_TYPES, ModelConfig, freeze
 from llm_jax.errors import InputError
 from llm_jax.interop.families import FAMILIES, FULL, SLIDING, Family
+from llm_jax.interop.network import differences, period
 
 FAMILY = {family.model_type: family for family in FAMILIES}
 # (activation, whether it is of a gated MLP) -> our mlp
@@ -121,13 +121,7 @@ def write_config(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
         raise InputError(f"model.family ({model.family!r}) must be one of {', '.join(FAMILY)}, or left out")
     for family in FAMILIES if model.family is None else [FAMILY[model.family]]:
         config = _config(family, model)
-        back = read_config(config)[1]
-        own, there = _canonical(model), _canonical(back)
-        wrong = [
-            f"model.{name} ({getattr(model, name)!r}, there {getattr(back, name)!r})"
-            for name in sorted(own.keys() | there.keys())
-            if (name in own) != (name in there) or own.get(name) != there.get(name)
-        ]
+        wrong = differences(model, read_config(config)[1])
         if not wrong:
             return family, config
         if nearest is None or len(wrong) < nearest[0]:
@@ -135,33 +129,6 @@ def write_config(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
     raise InputError(
         f"no published family has this model's shape: {nearest[1]}, the nearest; it can be saved as a run's folder"
     )
-
-
-def _canonical(model: ModelConfig) -> dict[str, Any]:
-    """The fields that decide the network, those without a part in it left out, patterns at their shortest."""
-    fields = dataclasses.asdict(model)
-    unused = {"family", "dropout", "attention", "layer_execution", "remat", "compute_dtype", "norm_weight_offset"}
-    if model.use_rmsnorm:
-        unused |= {"use_bias"}  # LayerNorm's; those of products have fields of their own
-    if not model.use_rope:
-        unused |= {"rope_theta", "rope_layers"}
-    scaling_fields = {field for keys in ROPE_KEYS.values() for field in keys.values()}
-    unused |= scaling_fields - set(ROPE_KEYS.get(model.rope_scaling, {}).values())
-    if not model.qk_norm:
-        unused |= {"qk_norm_axes"}
-    if model.n_expert is None:
-        unused |= {"n_expert_per_token", "normalize_experts"}
-    for name in ("layer_types", "rope_layers"):
-        pattern = fields[name]
-        fields[name] = _period([pattern[layer % len(pattern)] for layer in range(model.n_layer)])
-    if model.attn_scale is None:
-        fields["attn_scale"] = model.head_dim**-0.5
-    return {name: _rounded(value) for name, value in fields.items() if name not in unused}
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers that differ by their way through a square root are the same."""
-    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -229,7 +196,7 @@ def _layers(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
         if ropes is None:
             ropes = [(layer + 1) % given["no_rope_layer_interval"] != 0 for layer in range(n_layer)]
         given = {**given, "no_rope_layers": ropes}
-        fields["rope_layers"] = _period([bool(has) for has in _for_each_layer("no_rope_layers", ropes, n_layer)])
+        fields["rope_layers"] = period([bool(has) for has in _for_each_layer("no_rope_layers", ropes, n_layer)])
     if family.layer_types is None:
         return fields
     kinds = given.get("layer_types") if family.lists_layer_types else None
@@ -239,7 +206,7 @@ def _layers(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
         kinds = [str(kind).removesuffix("_attention") for kind in _for_each_layer("layer_types", kinds, n_layer)]
         if unknown := set(kinds) - set(LAYER_TYPES):
             raise InputError(f"config.json: layer_types has {sorted(unknown)[0]!r}; known are full and sliding")
-    fields["layer_types"] = _period(kinds)
+    fields["layer_types"] = period(kinds)
     if SLIDING in kinds:
         fields["window"] = given["sliding_window"]
     return fields
@@ -365,9 +332,3 @@ def _fraction(model: ModelConfig) -> float:
     """Of the channels that turn; its readers multiply and cut."""
     fraction = model.rope_dim / model.head_dim
     return fraction if int(fraction * model.head_dim) == model.rope_dim else math.nextafter(fraction, 1)
-
-
-def _period(values: Sequence[Any]) -> tuple[Any, ...]:
-    """The shortest sequence that these are the repetition of, the last one perhaps cut."""
-    length = next(n for n in range(1, len(values) + 1) if all(v == values[i % n] for i, v in enumerate(values)))
-    return tuple(values[:length])

@@ -153,7 +153,7 @@ def _split_vector(array: np.ndarray, names: Sequence[str], shapes: Sequence[Shap
 
 
 def _by_head(parameters: Sequence[np.ndarray]) -> np.ndarray:
-    """GPT-NeoX: queries, keys and values of the first head, then of the next; [..., N, H] each -> [..., N, 3, H]."""
+    """[..., N, H] each -> [..., N, 3, H]."""
     return np.stack(parameters, axis=-2)
 
 
@@ -161,6 +161,16 @@ def _split_by_head(array: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarra
     *lead, heads, channels = shapes[0]
     by_head = array.reshape(*lead, heads, 3, channels)
     return [by_head[..., i, :] for i in range(3)]
+
+
+def _halves(x: np.ndarray) -> np.ndarray:
+    """Channels (2i, 2i + 1) to (i, i + H/2)."""
+    return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def _pairs(x: np.ndarray) -> np.ndarray:
+    """The inverse of `_halves`."""
+    return x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)
 
 
 LAYOUTS = {
@@ -181,6 +191,18 @@ LAYOUTS = {
         _split_vector,
         lambda parameters, names: np.concatenate([p.reshape(-1) for p in parameters]),
     ),
+    # Meta's own order of channels, in which rope turns (2i, 2i + 1) where ours turns (i, i + H/2).
+    "interleaved": Layout(
+        lambda names, shapes: _matrix_shape(names, shapes)[::-1],
+        lambda array, names, shapes: [_halves(part) for part in _split_matrix(array.T, names, shapes)],
+        lambda parameters, names: _join_matrix([_pairs(p) for p in parameters], names).T,
+    ),
+    "interleaved_vector": Layout(
+        lambda names, shapes: (sum(map(math.prod, shapes)),),
+        lambda array, names, shapes: [_halves(part) for part in _split_vector(array, names, shapes)],
+        lambda parameters, names: np.concatenate([_pairs(p).reshape(-1) for p in parameters]),
+    ),
+    # GPT-NeoX: a head's queries, keys and values side by side.
     "heads": Layout(
         lambda names, shapes: _matrix_shape(names, shapes)[::-1],
         lambda array, names, shapes: _split_by_head(array.T, shapes),
