@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llm_jax import checkpoint, decode_weights, decoding, engine, export, model, pretrained, run_folder
+from llm_jax import checkpoint, decode_weights, decoding, engine, export, model, pretrained, published, run_folder
 from llm_jax.config import CACHE_DTYPES, WEIGHTS, Config, ModelConfig, stretched
 from llm_jax.errors import InputError
 from llm_jax.text_model import TextModel
@@ -29,28 +29,32 @@ def load(
     cache_dtype: str | None = None,
     rope_scaling: str | None = None,
     rope_factor: float | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> "LanguageModel":
-    """Opens the model at `path`, the workdir of a run.
+    """Opens the model at `path`: the workdir of a run, a Hugging Face folder, or llama2.c's model.bin.
 
     Args:
-        step: the checkpoint: "best" (by val_loss) | "last" | a number.
-        dtype: of parameters and computation, "float32" or "bfloat16"; None: as it was trained.
+        step: of a run, the checkpoint: "best" (by val_loss) | "last" | a number.
+        dtype: of parameters and computation, "float32" or "bfloat16"; None: as they are stored (float16 as float32).
         weights: "int8": `generate` multiplies by weights rounded to int8, each output's row with a scale of its own,
             and rounds what it multiplies too; `logits` and `score` do as well. None: as they are.
         cache_dtype: of keys and values of earlier tokens, "float32", "bfloat16" or "int8"; None: `dtype`. Where
             prompts and new tokens of a list outgrow learned positions, nothing is kept, nor rounded so.
         rope_scaling, rope_factor: lets the model see that many times its block_size, by "linear", "ntk", "llama3" or
             "yarn".
+        tokenizer: in the place of the model's own.
 
     Raises:
-        InputError: there is no run or no such checkpoint; a value that is not among these.
+        InputError: there is no model or no such checkpoint, it is of a family that is not known here, or its files
+            are damaged; a value that is not among these.
     """
     for name, value, choices in (("weights", weights, WEIGHTS), ("cache_dtype", cache_dtype, CACHE_DTYPES)):
         if value is not None and value not in choices:
             raise InputError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
-    config, params, tokenizer = pretrained.load(path, step=step, dtype=dtype)
+    source = pretrained.open_model(path, step=step, tokenizer=tokenizer)
+    config, params = pretrained.load_params(source, dtype)
     config = stretched(config, rope_scaling=rope_scaling, rope_factor=rope_factor)
-    return LanguageModel(config, params, tokenizer, weights=weights, cache_dtype=cache_dtype)
+    return LanguageModel(config, params, source.tokenizer, weights=weights, cache_dtype=cache_dtype)
 
 
 class LanguageModel(TextModel):
@@ -115,7 +119,7 @@ class LanguageModel(TextModel):
             checkpoint.save(manager, 0, {"params": self.params}, val_loss=None)
         run_folder.write_run(path, self.config, self.tokenizer)
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = pretrained.MAX_SHARD_BYTES) -> None:
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = published.MAX_SHARD_BYTES) -> None:
         """Writes a Hugging Face folder that transformers opens with equal logits.
 
         As `config.model.family`, or the first published family that has this model's shape.
@@ -126,7 +130,8 @@ class LanguageModel(TextModel):
         Raises:
             InputError: no family has this shape (it names the fields that have no counterpart); the folder is there.
         """
-        pretrained.save_hf(folder, self.config, self.params, self.tokenizer, max_shard_bytes=max_shard_bytes)
+        source = pretrained.Source("the model", self.config, self.tokenizer, pretrained.part_of(self.params))
+        published.save_hf(source, Path(os.path.expanduser(folder)), max_shard_bytes=max_shard_bytes)
 
     def export(self, path: str | Path, *, platforms: Sequence[str] = ()) -> None:
         """Writes a folder that `llm_jax.load_exported` opens: compiled forms, parameters, tokenizer.

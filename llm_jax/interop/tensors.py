@@ -1,12 +1,17 @@
 """How a foreign tensor holds parameters of ours: rows of tables, read for import and for export alike."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from llm_jax.errors import InputError
+
 Shape = tuple[int, ...]
+Place = tuple[int, ...]  # which part of a parameter: (), (layer,) or (layer, expert)
+Part = Callable[[str, Place], np.ndarray]  # (path, place) -> that part of a parameter
 Shapes = Mapping[str, Shape]  # "blocks/attn/q" -> its shape; that of one layer after the leading L
 INPUTS = {"attn/o": 2}  # axes that a matrix takes in, the first of its axes; of every other matrix one
 
@@ -44,8 +49,7 @@ class Tensor(NamedTuple):
     shapes: tuple[Shape, ...]  # of each of row.ours, without layer and expert
 
     @property
-    def place(self) -> tuple[int, ...]:
-        """Where in a parameter it goes."""
+    def place(self) -> Place:
         return tuple(at for at in (self.layer, self.expert) if at is not None)
 
     @property
@@ -56,16 +60,15 @@ class Tensor(NamedTuple):
         """The parameters in it, as views where they lie as ours do.
 
         Raises:
-            ValueError: another shape than these parameters make.
+            InputError: another shape than these parameters make.
         """
         if array.shape != self.shape:
-            raise ValueError(f"tensor {self.name} has shape {list(array.shape)}, its config makes {list(self.shape)}")
+            raise InputError(f"tensor {self.name} has shape {list(array.shape)}, its config makes {list(self.shape)}")
         return LAYOUTS[self.row.layout].split(array, self.row.ours, self.shapes)
 
     def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
-        """The inverse of `split`, contiguous."""
-        joined = LAYOUTS[self.row.layout].join(parameters, self.row.ours)
-        return np.ascontiguousarray(joined.reshape(self.shape))
+        """The inverse of `split`."""
+        return LAYOUTS[self.row.layout].join(parameters, self.row.ours).reshape(self.shape)
 
 
 def tensors(rows: Sequence[Row], shapes: Shapes) -> Iterator[list[Tensor]]:
@@ -74,12 +77,12 @@ def tensors(rows: Sequence[Row], shapes: Shapes) -> Iterator[list[Tensor]]:
     A row of parameters that the model does not have is left out.
 
     Raises:
-        ValueError: a parameter that is in no row.
+        InputError: a parameter that is in no row.
     """
     rows = [each for each in rows if set(each.paths) <= shapes.keys()]
     held = {path for each in rows for path in each.paths}
     if missing := sorted(shapes.keys() - held):
-        raise ValueError(f"no tensor of this family holds {', '.join(missing)}")
+        raise InputError(f"no tensor of this format holds {', '.join(missing)}")
     for each in rows:
         all_shapes = [shapes[path] for path in each.paths]
         layers = range(all_shapes[0][0]) if "{layer}" in each.foreign else [None]
@@ -93,29 +96,49 @@ def tensors(rows: Sequence[Row], shapes: Shapes) -> Iterator[list[Tensor]]:
         ]
 
 
-def fill(
-    groups: Iterable[list[Tensor]], shapes: Shapes, read: Callable[[str], np.ndarray], dtype: np.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, parameter) in the dtype, all layers in one; of the foreign tensors one is in memory at a time.
+def parts(groups: Iterable[list[Tensor]], read: Callable[[str], np.ndarray]) -> Part:
+    """The parameters as the tensors that `read` gives by name hold them; one tensor is in memory at a time.
 
-    Raises:
-        ValueError: a tensor of another shape than its parameters make.
+    The function raises InputError for a tensor of another shape than its parameters make.
     """
-    for group in groups:
-        paths = group[0].row.paths
-        parameters = [np.empty(shapes[path], dtype) for path in paths]
-        for tensor in group:
-            for parameter, part in zip(parameters, tensor.split(read(tensor.name)), strict=True):
-                parameter[tensor.place] = part
-        yield from zip(paths, parameters, strict=True)
+    held = {
+        (path, tensor.place): (tensor, i)
+        for group in groups
+        for tensor in group
+        for i, path in enumerate(tensor.row.paths)
+    }
+
+    @functools.lru_cache(1)  # several parameters may be in one
+    def split(tensor: Tensor) -> list[np.ndarray]:
+        return tensor.split(read(tensor.name))
+
+    def part(path: str, place: Place) -> np.ndarray:
+        if (path, place) in held:
+            tensor, i = held[path, place]
+            return split(tensor)[i]
+        if (path, place[:-1]) in held:  # all experts are in one tensor
+            return part(path, place[:-1])[place[-1]]
+        experts = sum((path, (*place, expert)) in held for expert in range(len(held)))
+        return np.stack([part(path, (*place, expert)) for expert in range(experts)])
+
+    return part
 
 
-def join(groups: Iterable[list[Tensor]], parameter: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, foreign tensor); `parameter` gives what lies at a path."""
+def fill(shapes: Shapes, part: Part, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, parameter) of each, all layers in one array, in the dtype."""
+    for path, shape in shapes.items():
+        parameter = np.empty(shape, dtype)
+        for place in [(layer,) for layer in range(shape[0])] if path.startswith("blocks/") else [()]:
+            parameter[place] = part(path, place)
+        yield path, parameter
+
+
+def join(groups: Iterable[list[Tensor]], part: Part, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, foreign tensor) of each, in the dtype."""
     for group in groups:
-        parameters = [parameter(path) for path in group[0].row.paths]
         for tensor in group:
-            yield tensor.name, tensor.join([each[tensor.place] for each in parameters])
+            joined = tensor.join([part(path, tensor.place) for path in tensor.row.paths])
+            yield tensor.name, np.ascontiguousarray(joined, dtype)
 
 
 class Layout(NamedTuple):
