@@ -130,6 +130,7 @@ class TrainConfig:
     """The loop. Intervals count optimizer steps; 0 means only at the end."""
 
     batch_size: int = 16  # sequences of one optimizer step, over all devices and micro-batches
+    seq_len: int | None = None  # tokens of a sequence; None: model.block_size
     accumulation_steps: int = 1  # micro-batches one step is split into
     num_steps: int = 1000
     eval_every: int = 250  # checkpoints are evaluated besides
@@ -139,6 +140,7 @@ class TrainConfig:
     log_every: int = 10
     sample_every: int = 0
     seed: int = 0
+    init_from: str | None = None  # a model that llm_jax.load opens: its shape, tokenizer and weights at step 0
     seeds: int = 1  # runs with the seeds seed, seed + 1, ..., all in one program
     profile_steps: int = 0  # steps traced with jax.profiler into <workdir>/profile, after the first ten
 
@@ -175,6 +177,11 @@ class Config:
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     mesh: MeshConfig = MeshConfig()
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a training sequence."""
+        return self.train.seq_len or self.model.block_size
 
 
 def default() -> ConfigDict:
@@ -216,6 +223,8 @@ def freeze(config: ConfigDict | Mapping[str, Any]) -> Config:
             }
         )
     frozen = Config(**groups)
+    if frozen.train.init_from is None:
+        check_seq_len(frozen)
     return dataclasses.replace(
         frozen,
         model=_model(frozen.model),
@@ -459,11 +468,21 @@ def _optim(o: OptimConfig) -> OptimConfig:
     return o
 
 
+def check_seq_len(cfg: Config) -> None:
+    if cfg.seq_len > cfg.model.block_size:
+        raise InputError(
+            f"train.seq_len ({cfg.train.seq_len}) must be at most model.block_size ({cfg.model.block_size})"
+        )
+
+
 def _train(t: TrainConfig) -> TrainConfig:
-    for name in ("batch_size", "accumulation_steps", "num_steps", "eval_batches", "keep_checkpoints", "seeds"):
+    for name in ("batch_size", "seq_len", "accumulation_steps", "num_steps", "eval_batches", "keep_checkpoints"):
         _at_least("train", t, name, 1)
+    _at_least("train", t, "seeds", 1)
     for name in ("eval_every", "save_every", "log_every", "sample_every", "seed", "profile_steps"):
         _at_least("train", t, name, 0)
+    if t.init_from == "":
+        raise InputError("train.init_from ('') must be a model to start from; set --config.train.init_from=MODEL")
     if t.num_steps > MAX_STEPS:
         raise InputError(f"train.num_steps ({t.num_steps}) must be at most {MAX_STEPS}")
     if t.seed + t.seeds - 1 > MAX_SEED:

@@ -49,9 +49,10 @@ class Corpus(NamedTuple):
     content_hash: str
 
 
-def prepare(cfg: DataConfig) -> Corpus:
+def prepare(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Finds the corpus, tokenizes it unless the cache has it, and opens both splits.
 
+    The tokenizer is cfg.tokenizer's where none is given.
     Every call reads the corpus once to hash it, so a changed file is noticed. Two processes may
     prepare the same corpus at once: each writes a folder of its own and the first rename wins.
     """
@@ -60,26 +61,28 @@ def prepare(cfg: DataConfig) -> Corpus:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(cache, error) from None
-    return (_prepare_shards if cfg.source == "bin" else _prepare_text)(cfg, cache)
+    return (_prepare_shards if cfg.source == "bin" else _prepare_text)(cfg, cache, tokenizer)
 
 
 def _unwritable(cache: Path, error: OSError) -> InputError:
     return InputError(f"cache folder {cache} can't be written ({error.strerror}); set data.cache_dir to another")
 
 
-def _prepare_text(cfg: DataConfig, cache: Path) -> Corpus:
-    tokenizer = None if cfg.tokenizer in ("char", "bpe") else _ready_tokenizer(cfg.tokenizer)
-    text = _scan(*documents.find_text(cfg, cache), collect_characters=cfg.tokenizer == "char")
+def _prepare_text(cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) -> Corpus:
+    kind = cfg.tokenizer if tokenizer is None else "ready"
+    if tokenizer is None and kind not in ("char", "bpe"):
+        tokenizer = _ready_tokenizer(kind)
+    text = _scan(*documents.find_text(cfg, cache), collect_characters=kind == "char")
     _check_content(cfg, text.content_hash)
     border = int(text.num_bytes * (1 - cfg.val_fraction))
     trained = {"char": ["char"], "bpe": ["bpe", BPE_SPLIT, cfg.vocab_size]}
-    name = tokenizer.fingerprint() if tokenizer else trained[cfg.tokenizer]
+    name = tokenizer.fingerprint() if tokenizer else trained[kind]
 
     def build(folder: Path) -> None:
         built = tokenizer
-        if cfg.tokenizer == "char":
+        if kind == "char":
             built = char_tokenizer(text.characters)
-        elif cfg.tokenizer == "bpe":
+        elif kind == "bpe":
             built = train_bpe(_bpe_texts(text, border), cfg.vocab_size)
         built.save(folder)
         _tokenize(text, built, border, folder)
@@ -321,15 +324,15 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, border: int, folder: Path) -> N
 _VAL_SHARD = re.compile(r"(?<![A-Za-z])val(?![A-Za-z])")  # val.bin, fineweb_val_000001.bin; not medieval.bin
 
 
-def _prepare_shards(cfg: DataConfig, cache: Path) -> Corpus:
+def _prepare_shards(cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) -> Corpus:
     if cfg.path is None:
         raise InputError("data.path is not set; data.source=bin needs a .bin file, a folder or a glob of them")
-    if cfg.tokenizer in ("char", "bpe"):
+    if tokenizer is None and cfg.tokenizer in ("char", "bpe"):
         raise InputError(
             f"data.tokenizer={cfg.tokenizer} can't be used with data.source=bin, which has no text; set it "
             "to byte or to the tokenizer.json that the shards were written with"
         )
-    tokenizer = _ready_tokenizer(cfg.tokenizer)
+    tokenizer = tokenizer or _ready_tokenizer(cfg.tokenizer)
     files = documents.expand(cfg.path, "*.bin")
     train = [(file, _open_shard(file)) for file in files if not _VAL_SHARD.search(file.name)]
     val = [(file, _open_shard(file)) for file in files if _VAL_SHARD.search(file.name)]

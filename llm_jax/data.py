@@ -33,7 +33,7 @@ def train_batches(tokens: np.ndarray, *, block_size: int, batch_size: int, seed:
     if length < block_size + 1:
         raise InputError(
             f"the training split has {length} tokens, but one context takes model.block_size + 1 = "
-            f"{block_size + 1}; use a smaller model.block_size or more text"
+            f"{block_size + 1}; use a smaller model.block_size, a smaller train.seq_len, or more text"
         )
     # grain's epochs are seed, seed + 1, ...: mixed, since else the epochs of neighbouring seeds would be the same.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])

@@ -656,13 +656,13 @@ def count_params(cfg: ModelConfig) -> tuple[int, int]:
     return total, total - outside
 
 
-def train_flops_per_token(cfg: ModelConfig) -> float:
+def train_flops_per_token(cfg: ModelConfig, seq_len: int | None = None) -> float:
     """Floating-point operations of the model for each token of a training step, forward and backward.
 
     6 for each weight that is in a product: every matrix of the blocks and the output projection, not the
     embeddings' look-up. And 12 N H S a layer for attention, S the keys that a query sees, on average over a
-    causal text of block_size = T tokens: half of T, or W - W^2 / (2 T) with a window of W. Nothing that is
-    computed a second time for `remat` counts (Chowdhery et al. 2022, "PaLM", appendix B, with causality).
+    causal text of T tokens (seq_len; None: block_size): half of T, or W - W^2 / (2 T) with a window of W. Nothing
+    that is computed a second time for `remat` counts (Chowdhery et al. 2022, "PaLM", appendix B, with causality).
     """
     axes, shapes = (jax.tree.leaves(tree["blocks"]) for tree in (param_axes(cfg), param_shapes(cfg)))
     # Of the letters in a block, D and another one make a matrix; "LD" is a norm or a bias. Of experts' matrices those
@@ -673,5 +673,6 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
         for letters, shape in zip(axes, shapes, strict=True)
         if {"L", "D"} < set(letters)
     )
-    keys_seen = sum(window - window**2 / (2 * cfg.block_size) for window in layer_windows(cfg))
+    time = seq_len or cfg.block_size
+    keys_seen = sum(seen - seen**2 / (2 * time) for seen in (min(window, time) for window in layer_windows(cfg)))
     return 6 * (in_blocks + cfg.vocab_size * cfg.n_embd) + 12 * cfg.n_head * cfg.head_dim * keys_seen

@@ -46,7 +46,7 @@ def check_trainable(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     m = cfg.model
     if m.attention == "auto":
         return
-    q, k = (jax.ShapeDtypeStruct((1, m.block_size, n, m.head_dim), m.compute_dtype) for n in (m.n_head, m.n_kv_head))
+    q, k = (jax.ShapeDtypeStruct((1, cfg.seq_len, n, m.head_dim), m.compute_dtype) for n in (m.n_head, m.n_kv_head))
     attend = functools.partial(
         ops.attention, softcap=m.attn_softcap, implementation=m.attention, device=mesh.devices.flat[0]
     )

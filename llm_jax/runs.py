@@ -34,6 +34,13 @@ class Runs:
     def __len__(self) -> int:
         return len(self.configs)
 
+    def all_from(self, params: Any, mesh: jax.sharding.Mesh) -> Any:
+        """The state's parameters where every run starts from these."""
+        everywhere = sharding.replicated(mesh)
+        if self.stacked:
+            params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self), *leaf.shape)), params)
+        return jax.device_put(params, everywhere)
+
     def part(self, tree: Any, n: int) -> Any:
         """Run n's part of a tree of the state."""
         return _part(tree, n) if self.stacked else tree

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import data, model, run_folder, sharding, train_step
+from llm_jax import data, init_from, model, run_folder, sharding, train_step
 from llm_jax.cache import cache_folder, keep_compiled_programs
 from llm_jax.config import Config, as_dict, freeze
 from llm_jax.config_file import load_file
@@ -82,9 +82,11 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
     keep_compiled_programs(cache_folder(cfg.data.cache_dir))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices())
+    start = init_from.find(cfg, workdir)
+    cfg = start.config
     check_trainable(cfg, mesh)
     _check_same_run(workdir, cfg, None)  # what is known before the corpus is read
-    corpus = prepare(cfg.data)
+    corpus = prepare(cfg.data, start.tokenizer)
     cfg = _resolve(cfg, corpus)
     tokenizer = corpus.tokenizer
     try:
@@ -114,6 +116,8 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
             programs = _compile_ahead(programs, batches, mesh, stack)
         if saved_step is None:
             state = programs.init()
+            if start.source is not None:
+                state = state._replace(params=runs.all_from(start.params(), mesh))
         else:
             state = runs.restore(saved_step, jax.eval_shape(programs.init), mesh)
         if first_step < cfg.train.num_steps or not any("val_loss_full" in line for line in read_metrics(workdir)):
@@ -222,7 +226,7 @@ class _Batches:
     """What the programs take, by step, on the devices of the mesh."""
 
     def __init__(self, cfg: Config, corpus: Corpus, runs: Runs, mesh: jax.sharding.Mesh) -> None:
-        block_size, batch_size = cfg.model.block_size, cfg.train.batch_size
+        block_size, batch_size = cfg.seq_len, cfg.train.batch_size
         of_seed = {
             seed: data.train_batches(corpus.train, block_size=block_size, batch_size=batch_size, seed=seed)
             for seed in {run.train.seed for run in runs.configs}
@@ -320,7 +324,7 @@ class _Loop:
                 self._log(step, jax.device_get(metrics))
 
     def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        speed = self._clock.read(step, self._cfg.train.batch_size * self._cfg.model.block_size)
+        speed = self._clock.read(step, self._cfg.train.batch_size * self._cfg.seq_len)
         lines = self._of_runs(metrics, ("loss", "learning_rate", "grad_norm"))
         self._check_finite(step, lines)
         lines = self._write(step, [line | speed for line in lines])

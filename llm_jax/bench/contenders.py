@@ -174,7 +174,7 @@ def mebibytes(count: int | None) -> str:
 def random_batches(cfg: Config) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(tokens, targets, mask) of NUM_BATCHES batches, the same for every contender of `bench train`."""
     rng = np.random.default_rng(0)
-    shape = (NUM_BATCHES, cfg.train.batch_size, cfg.model.block_size + 1)
+    shape = (NUM_BATCHES, cfg.train.batch_size, cfg.seq_len + 1)
     windows = rng.integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
     return [(w[:, :-1], w[:, 1:], np.ones(w[:, 1:].shape, np.float32)) for w in windows]
 

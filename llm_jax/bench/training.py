@@ -74,7 +74,7 @@ def measure(
     contenders = [Contender(name, worker, steps=steps) for name, worker in workers.items()]
     alternate(contenders, rounds)
 
-    tokens = cfg.train.batch_size * cfg.model.block_size
+    tokens = cfg.train.batch_size * cfg.seq_len
     flops_per_token = facts["llm_jax"].pop("flops_per_token")
     for contender in contenders:
         of = facts[contender.name]
@@ -211,7 +211,7 @@ class Ours:
         return {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self._state.params)),
             "optimizer": self._cfg.optim.name,
-            "flops_per_token": model.train_flops_per_token(self._cfg.model),
+            "flops_per_token": model.train_flops_per_token(self._cfg.model, self._cfg.seq_len),
             "first_step_seconds": self._first_step_seconds,
             "first_loss": self._loss,
             "device": {
