@@ -12,7 +12,7 @@ import numpy as np
 from llm_jax import model, run_folder
 from llm_jax.config import Config, freeze, in_dtype
 from llm_jax.errors import InputError
-from llm_jax.interop import hf, hf_config, llama2c
+from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, llama2c
 from llm_jax.interop.tensors import Part, Place, fill, parts, tensors
 from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
 
 def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokenizer | None = None) -> Source:
-    """A run's workdir, a Hugging Face folder or llama2.c's model.bin.
+    """A run's workdir, a Hugging Face folder, a GGUF file or llama2.c's model.bin.
 
     Args:
         step: of a run, "best" (by val_loss) | "last" | a number.
@@ -40,7 +40,9 @@ def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokeniz
     """
     path = Path(os.path.expanduser(path))
     if path.is_file():
-        return _open_llama2c(path, tokenizer)
+        with path.open("rb") as file:
+            is_gguf = file.read(len(gguf.MAGIC)) == gguf.MAGIC
+        return _open_gguf(path, tokenizer) if is_gguf else _open_llama2c(path, tokenizer)
     if (path / "config.json").is_file() and "model_type" in hf.read_json(path / "config.json"):
         return _open_hf(path, tokenizer)
     return _open_run(path, step, tokenizer)
@@ -106,6 +108,23 @@ def _open_hf(folder: Path, tokenizer: Tokenizer | None) -> Source:
         raise InputError(f"{folder}: {error}") from None
     part = parts(groups, lambda name: weights.read(names[name]))
     return Source(str(folder), cfg, tokenizer or load_tokenizer(folder), part)
+
+
+def _open_gguf(path: Path, tokenizer: Tokenizer | None) -> Source:
+    file = gguf.read_gguf(path)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    try:
+        arch, cfg = gguf_model.read_model(file.metadata, shapes, file.read)
+        groups = list(tensors(arch.rows, param_shapes(cfg)))
+        wanted = {tensor.name for group in groups for tensor in group}
+        if missing := sorted(wanted - shapes.keys()):
+            raise InputError(f"tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are)")
+        if unknown := sorted(shapes.keys() - wanted - set(gguf_model.FACTORS)):
+            raise InputError(f"tensor {unknown[0]} is not known of {arch.name}, and may change what it computes")
+        tokenizer = tokenizer or gguf_tokenizer.tokenizer_from_gguf(file.metadata)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Source(str(path), freeze({"model": vars(cfg)}), tokenizer, parts(groups, file.read))
 
 
 def _open_llama2c(path: Path, tokenizer: Tokenizer | None) -> Source:

@@ -1,6 +1,7 @@
 """A model in the formats of other tools: written one tensor at a time, and there when all of it is."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,12 +17,13 @@ import numpy as np
 from llm_jax.config import Config
 from llm_jax.errors import InputError
 from llm_jax.files import write_whole
-from llm_jax.interop import hf, hf_config, llama2c
+from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, llama2c
 from llm_jax.interop.tensors import Part, Place, join, tensors
 from llm_jax.pretrained import Source, param_shapes
 from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import Tokenizer
 
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of them
 MAX_SHARD_BYTES = hf.MAX_SHARD_BYTES
 
 
@@ -45,6 +47,34 @@ def save_hf(source: Source, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BY
         write_whole(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         written = _counted(join(groups, _moved_norms(source.part, offset), dtype), bar)
         hf.write_safetensors(partial, sizes, written, max_shard_bytes=max_shard_bytes)
+
+
+def save_gguf(source: Source, path: Path, *, type_name: str = "F32") -> None:
+    """Writes a GGUF file that llama.cpp runs: vectors in float32, matrices as F32, F16, BF16 or Q8_0.
+
+    Matrices whose rows are no multiple of Q8_0's blocks of 32 are written as F16, as llama.cpp does.
+
+    Raises:
+        InputError: llama.cpp knows no architecture of this shape, or not this kind of tokenizer; the file is there.
+    """
+    config = source.config
+    arch, metadata, factors = gguf_model.write_model(config.model)
+    metadata = {"general.name": path.stem} | metadata | {"general.file_type": FILE_TYPES[type_name]}
+    metadata |= gguf_tokenizer.gguf_metadata(source.tokenizer)
+    groups = list(tensors(arch.rows, param_shapes(config.model)))
+    part = _moved_norms(source.part, config.model.norm_weight_offset)
+    listed = [(name, array.shape, "F32") for name, array in factors.items()]
+    listed += [(tensor.name, tensor.shape, _type(type_name, tensor.shape)) for group in groups for tensor in group]
+    arrays = itertools.chain(factors.items(), join(groups, part, np.dtype(np.float32)))
+    _check_new(path)
+    with byte_bar(sum(math.prod(shape) * 4 for _, shape, _ in listed), f"writing {path.name}") as bar:
+        gguf.write_gguf(path, metadata, listed, (array for _, array in _counted(arrays, bar)))
+
+
+def _type(wanted: str, shape: tuple[int, ...]) -> str:
+    if len(shape) < 2:
+        return "F32"
+    return "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted
 
 
 def save_llama2c(source: Source, path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_jax.config import ModelConfig, freeze
 from llm_jax.errors import InputError
-from llm_jax.files import writing_whole
+from llm_jax.files import written_whole
 from llm_jax.interop.network import differences
 from llm_jax.interop.tensors import row
 
@@ -81,7 +81,7 @@ def write(path: Path, model: ModelConfig, tensors: Iterable[tuple[str, np.ndarra
     if not model.tie_embeddings:
         header[HEADER.index("vocab_size")] *= -1
     tensors = iter(tensors)
-    with writing_whole(path) as file:
+    with written_whole(path) as file:
         file.write(np.array(header, "<i4").tobytes())
         for name, _ in _arrays(model):
             if name in ("freq_cis_real", "freq_cis_imag"):

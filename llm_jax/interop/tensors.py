@@ -225,6 +225,12 @@ LAYOUTS = {
         lambda array, names, shapes: [_halves(part) for part in _split_vector(array, names, shapes)],
         lambda parameters, names: np.concatenate([_pairs(p).reshape(-1) for p in parameters]),
     ),
+    # A layer's experts in one, each as "linear".
+    "experts": Layout(
+        lambda names, shapes: (shapes[0][0], shapes[0][2], shapes[0][1]),
+        lambda array, names, shapes: [array.swapaxes(1, 2)],
+        lambda parameters, names: parameters[0].swapaxes(1, 2),
+    ),
     # GPT-NeoX: a head's queries, keys and values side by side.
     "heads": Layout(
         lambda names, shapes: _matrix_shape(names, shapes)[::-1],

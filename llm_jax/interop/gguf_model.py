@@ -1,0 +1,458 @@
+"""What a GGUF file's metadata and tensors are called, by architecture, as llama.cpp reads them <-> ModelConfig."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from llm_jax.config import ModelConfig, freeze
+from llm_jax.errors import InputError
+from llm_jax.interop.network import differences, period
+from llm_jax.interop.tensors import Row, Shape, row
+
+Metadata = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One `general.architecture`, which llama.cpp has a graph for.
+
+    family: of Hugging Face, that it is written as there; the first is what a file of it is taken for.
+    fixed: fields of all its models; defaults: of a file that does not tell.
+    slides: the period of layers with a window, if a file gives one; None: a file may not.
+    biases: fields of biases that it may have.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    rows: tuple[Row, ...]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    slides: tuple[str, ...] | None = None
+    biases: tuple[str, ...] = ()
+
+
+# -- Tensors
+
+LAYER = "blk.{layer}."
+
+
+def _both(ours: str, foreign: str, layout: str = "linear") -> list[Row]:
+    """A matrix and its bias."""
+    biases = " ".join(f"{name}_bias" for name in ours.split())
+    vector = "interleaved_vector" if layout == "interleaved" else "vector"
+    return [row(ours, f"{LAYER}{foreign}.weight", layout), row(biases, f"{LAYER}{foreign}.bias", vector)]
+
+
+def _norms(**names: str) -> list[Row]:
+    return [
+        row(f"{ours}/{kind}", f"{LAYER}{foreign}.{kind}", "vector")
+        for ours, foreign in names.items()
+        for kind in ("weight", "bias")
+    ]
+
+
+def _qk_norms(kind: str) -> list[Row]:
+    return [row(f"attn/{h}_{kind}/weight", f"{LAYER}attn_{h}_norm.weight", "vector") for h in "qk"]
+
+
+ENDS = (
+    row("embed/tokens", "token_embd.weight", "table"),
+    row("embed/positions", "position_embd.weight", "table"),
+    row("final_norm/weight", "output_norm.weight", "vector"),
+    row("final_norm/bias", "output_norm.bias", "vector"),
+    row("lm_head/weight", "output.weight", "table"),
+)
+MLP = (*_both("mlp/gate", "ffn_gate"), *_both("mlp/up", "ffn_up"), *_both("mlp/down", "ffn_down"))
+EXPERTS = (
+    row("moe/router", f"{LAYER}ffn_gate_inp.weight"),
+    row("moe/gate", f"{LAYER}ffn_gate_exps.weight", "experts"),
+    row("moe/up", f"{LAYER}ffn_up_exps.weight", "experts"),
+    row("moe/down", f"{LAYER}ffn_down_exps.weight", "experts"),
+)
+PRE_NORMS = _norms(attn_norm="attn_norm", mlp_norm="ffn_norm")
+FUSED = (*_both("attn/q attn/k attn/v", "attn_qkv"), *_both("attn/o", "attn_output"))
+
+
+def _rows(norms: list[Row], *, qk: str = "linear", mlp: tuple[Row, ...] = MLP) -> tuple[Row, ...]:
+    attention = [*_both("attn/q", "attn_q", qk), *_both("attn/k", "attn_k", qk), *_both("attn/v", "attn_v")]
+    return (*ENDS, *norms, *attention, *_both("attn/o", "attn_output"), *mlp)
+
+
+# llama.cpp turns the pairs of channels (2i, 2i + 1) in some architectures, and (i, i + H/2) in others.
+LLAMA_ROWS = _rows(PRE_NORMS, qk="interleaved", mlp=(*MLP, *EXPERTS))
+POST_NORMS = _norms(attn_post_norm="post_attention_norm", mlp_post_norm="post_ffw_norm")
+GEMMA = {"mlp": "geglu"}
+GPT = {"use_rmsnorm": False, "use_bias": True}
+
+ARCHITECTURES = {
+    each.name: each
+    for each in (
+        Architecture(
+            "llama",
+            ("llama", "mistral", "mixtral"),
+            LLAMA_ROWS,
+            biases=("qkv_bias", "attn_out_bias", "mlp_bias"),
+        ),
+        Architecture("qwen2", ("qwen2",), _rows(PRE_NORMS), biases=("qkv_bias",)),
+        Architecture("qwen3", ("qwen3",), (*_rows(PRE_NORMS), *_qk_norms("norm")), {"qk_norm": True}),
+        Architecture(
+            "smollm3",
+            ("smollm3",),
+            _rows(PRE_NORMS, qk="interleaved"),
+            {"rope_layers": (True, True, True, False)},
+            biases=("qkv_bias", "attn_out_bias", "mlp_bias"),
+        ),
+        Architecture("gemma", ("gemma",), _rows(PRE_NORMS), GEMMA),
+        Architecture(
+            "gemma2",
+            ("gemma2",),
+            _rows(PRE_NORMS + POST_NORMS),
+            GEMMA | {"norm_placement": "both"},
+            {"attn_softcap": 50.0, "final_softcap": 30.0},
+            slides=("sliding", "full"),
+        ),
+        Architecture(
+            "gemma3",
+            ("gemma3_text",),
+            (*_rows(PRE_NORMS + POST_NORMS), *_qk_norms("norm")),
+            GEMMA | {"norm_placement": "both", "qk_norm": True},
+            {"rope_theta": 1_000_000.0},
+            slides=("sliding",) * 5 + ("full",),
+        ),
+        Architecture(
+            "olmo2",
+            ("olmo2",),
+            (*_rows(POST_NORMS), *_qk_norms("width_norm")),
+            {"norm_placement": "post", "qk_norm": True, "qk_norm_axes": "width"},
+        ),
+        Architecture(
+            "phi3",
+            ("phi3",),
+            (
+                *ENDS,
+                *PRE_NORMS,
+                *FUSED,
+                row("mlp/gate mlp/up", f"{LAYER}ffn_up.weight"),
+                row("mlp/down", f"{LAYER}ffn_down.weight"),
+            ),
+            slides=("sliding",),
+        ),
+        Architecture(
+            "gpt2",
+            ("gpt2",),
+            (*ENDS, *PRE_NORMS, *FUSED, *_both("mlp/up", "ffn_up"), *_both("mlp/down", "ffn_down")),
+            GPT | {"use_rope": False, "mlp": "gelu_tanh"},
+        ),
+        Architecture(
+            "gptneox",
+            ("gpt_neox",),
+            (*ENDS, *PRE_NORMS, *FUSED, *_both("mlp/up", "ffn_up"), *_both("mlp/down", "ffn_down")),
+            GPT | {"mlp": "gelu"},
+        ),
+        Architecture(
+            "qwen3moe",
+            ("qwen3_moe",),
+            (*_rows(PRE_NORMS, mlp=EXPERTS), *_qk_norms("norm")),
+            {"qk_norm": True},
+        ),
+        Architecture(
+            "olmoe",
+            ("olmoe",),
+            (*_rows(PRE_NORMS, mlp=EXPERTS), *_qk_norms("width_norm")),
+            {"qk_norm": True, "qk_norm_axes": "width", "normalize_experts": False},
+        ),
+    )
+}
+
+# -- Metadata
+
+# Key, behind the architecture's name and a dot -> field.
+KEYS = {
+    "context_length": "block_size",
+    "embedding_length": "n_embd",
+    "block_count": "n_layer",
+    "feed_forward_length": "mlp_dim",
+    "attention.head_count": "n_head",
+    "attention.head_count_kv": "n_kv_head",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+    "attention.layer_norm_epsilon": "norm_eps",
+    "attention.key_length": "head_dim",
+    "rope.dimension_count": "rope_dim",
+    "rope.freq_base": "rope_theta",
+    "attn_logit_softcapping": "attn_softcap",
+    "final_logit_softcapping": "final_softcap",
+    "expert_count": "n_expert",
+    "expert_used_count": "n_expert_per_token",
+    "expert_feed_forward_length": "mlp_dim",  # the later one holds, where both are there
+    "attention.sliding_window": "window",
+    "rope.scaling.factor": "rope_factor",
+    "rope.scaling.original_context_length": "rope_original_length",
+    "rope.scaling.attn_factor": "rope_attention_factor",
+    "rope.scaling.yarn_beta_fast": "rope_beta_fast",
+    "rope.scaling.yarn_beta_slow": "rope_beta_slow",
+    "use_parallel_residual": "parallel_residual",
+    "rope.freq_base_swa": "rope_local_theta",
+}
+# Read by functions here, or of no consequence.
+OTHER_KEYS = {
+    "vocab_size",
+    "attention.value_length",
+    "rope.scaling.type",
+    "rope.scale_linear",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+    "attention.sliding_window_pattern",
+}
+FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+# (factor, low_freq_factor, high_freq_factor, original length) of the published models whose factors a file lists.
+LLAMA3 = [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)]
+LOCAL_THETA = 10000.0
+# Layers of the models that llama.cpp scales attention otherwise in: Gemma 2 and 3 of 27 billion parameters.
+ODD_SCALES = {"gemma2": 46, "gemma3": 62}
+
+
+def read_model(
+    metadata: Metadata, shapes: Mapping[str, Shape], read: Callable[[str], np.ndarray]
+) -> tuple[Architecture, ModelConfig]:
+    """The architecture and model of a file.
+
+    Args:
+        shapes: of its tensors, by name.
+        read: a tensor by its name, for the few that hold settings.
+
+    Raises:
+        InputError: an architecture, a key or a value that is not known here.
+    """
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise InputError(f"general.architecture ({name!r}) is not known; known are {', '.join(ARCHITECTURES)}")
+    arch = ARCHITECTURES[name]
+    given = {
+        key.removeprefix(f"{name}."): _as_written(value)
+        for key, value in metadata.items()
+        if key.startswith(f"{name}.")
+    }
+    for key, value in given.items():
+        if key not in KEYS and key not in OTHER_KEYS:
+            raise InputError(f"{name}.{key} ({value!r}) is not known, and may change what the model computes")
+    if "token_embd.weight" not in shapes:
+        raise InputError("tensor token_embd.weight is missing")
+    fields: dict[str, Any] = arch.defaults | arch.fixed
+    fields |= {KEYS[key]: given[key] for key in KEYS if key in given}
+    for key, field in (("expert_count", "n_expert"), ("attention.sliding_window", "window")):
+        if given.get(key) == 0:
+            fields[field] = None
+    if fields.get("n_expert") is None:
+        fields.pop("n_expert_per_token", None)
+    if "n_embd" not in fields or "n_head" not in fields or "n_layer" not in fields or "block_size" not in fields:
+        raise InputError(f"{name}'s embedding_length, block_count, context_length or attention.head_count is missing")
+    head_dim = fields.get("head_dim") or _number(name, fields, "n_embd") // _number(name, fields, "n_head")
+    if given.get("attention.value_length", head_dim) != head_dim:
+        raise InputError(f"{name}.attention.value_length must be attention.key_length ({head_dim})")
+    fields |= {"vocab_size": shapes["token_embd.weight"][0], "tie_embeddings": "output.weight" not in shapes}
+    if not arch.fixed.get("use_bias"):
+        fields |= {
+            "qkv_bias": "blk.0.attn_q.bias" in shapes,
+            "attn_out_bias": "blk.0.attn_output.bias" in shapes,
+            "mlp_bias": "blk.0.ffn_down.bias" in shapes,
+        }
+    if name == "gptneox":
+        fields.setdefault("parallel_residual", True)
+    if name.startswith("gemma"):
+        fields["embed_scale"] = _number(name, fields, "n_embd") ** 0.5
+    if fields.get("use_rope", True):
+        fields.setdefault("rope_theta", 10000.0)
+        fields |= _scaling(name, given, fields, shapes, read)
+    fields |= _layers(arch, fields)
+    if name in ODD_SCALES and _number(name, fields, "n_layer") == ODD_SCALES[name]:
+        fields["attn_scale"] = (fields["n_embd"] / fields["n_head"]) ** -0.5
+    fields["family"] = "mixtral" if name == "llama" and fields.get("n_expert") else arch.families[0]
+    try:
+        return arch, freeze({"model": fields}).model
+    except InputError as error:
+        raise InputError(f"its metadata: {error}") from None
+
+
+def write_model(model: ModelConfig) -> tuple[Architecture, dict[str, Any], dict[str, np.ndarray]]:
+    """(architecture, metadata, tensors that hold settings) of a model; norms are to be stored with an offset of 0.
+
+    Raises:
+        InputError: llama.cpp has no architecture of this shape; it names the fields that the nearest has otherwise.
+    """
+    nearest: tuple[int, str] | None = None
+    own = [arch for arch in ARCHITECTURES.values() if model.family in arch.families]
+    for arch in own or ARCHITECTURES.values():
+        metadata, factors = _metadata(arch, model)
+        shapes: dict[str, Shape] = {"token_embd.weight": (model.vocab_size, model.n_embd)}
+        shapes |= {name: array.shape for name, array in factors.items()}
+        present = {"output.weight": not model.tie_embeddings}
+        present |= {
+            f"blk.0.{tensor}.bias": getattr(model, field) and field in arch.biases
+            for field, tensor in (("qkv_bias", "attn_q"), ("attn_out_bias", "attn_output"), ("mlp_bias", "ffn_down"))
+        }
+        shapes |= {name: () for name, is_there in present.items() if is_there}
+        try:
+            wrong = differences(model, read_model(metadata, shapes, factors.__getitem__)[1])
+        except InputError:  # it has not even this shape
+            continue
+        if not wrong:
+            return arch, metadata, factors
+        if nearest is None or len(wrong) < nearest[0]:
+            nearest = len(wrong), f"{', '.join(wrong)} has no counterpart in {arch.name}"
+    reason = f": {nearest[1]}, the nearest" if nearest else ""
+    raise InputError(f"llama.cpp knows no architecture of this model's shape{reason}")
+
+
+def _number(name: str, fields: Mapping[str, Any], field: str) -> int:
+    if not isinstance(fields[field], int) or fields[field] < 1:
+        raise InputError(f"{name}: {field} ({fields[field]!r}) must be a whole number, 1 or more")
+    return fields[field]
+
+
+def _layers(arch: Architecture, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """layer_types, window and what goes with them."""
+    if fields.get("window") is None or arch.slides is None:
+        if fields.get("window") is not None:
+            raise InputError(f"{arch.name}.attention.sliding_window ({fields['window']}) is not known of {arch.name}")
+        return {"rope_local_theta": None}
+    layers = range(_number(arch.name, fields, "n_layer"))
+    own: dict[str, Any] = {"layer_types": period([arch.slides[layer % len(arch.slides)] for layer in layers])}
+    own["rope_local_theta"] = fields.get("rope_local_theta", LOCAL_THETA) if arch.name == "gemma3" else None
+    return own
+
+
+def _scaling(
+    name: str,
+    given: Metadata,
+    fields: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], np.ndarray],
+) -> dict[str, Any]:
+    kind = given.get("rope.scaling.type", "none")
+    if "rope.scale_linear" in given:
+        return {"rope_scaling": "linear", "rope_factor": given["rope.scale_linear"]}
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise InputError(f"{name}.rope.scaling.type ({kind!r}) must be none, linear or yarn")
+    if kind == "linear":
+        return {"rope_scaling": kind}
+    if kind == "yarn":
+        own = fields.get("rope_attention_factor")
+        return {"rope_scaling": kind, "rope_attention_factor": own and own * _yarn_scale(fields["rope_factor"])}
+    unscaled = {"rope_factor": 1.0, "rope_original_length": None, "rope_attention_factor": None}
+    if "rope_freqs.weight" in shapes:
+        return unscaled | _llama3(fields, _factors(read, "rope_freqs.weight"))
+    if "rope_factors_long.weight" in shapes:
+        length = fields.get("rope_original_length") or fields["block_size"]
+        factor = max(1.0, fields["block_size"] / length)
+        own, usual = fields.get("rope_attention_factor"), _longrope_scale(factor, length)
+        return {
+            "rope_scaling": "longrope",
+            "rope_original_length": length,
+            "rope_factor": factor,
+            "rope_attention_factor": None if own is None or math.isclose(own, usual, rel_tol=1e-6) else own,
+            "rope_short_factors": _factors(read, "rope_factors_short.weight"),
+            "rope_long_factors": _factors(read, "rope_factors_long.weight"),
+        }
+    return unscaled
+
+
+def _as_written(value: Any) -> Any:
+    """A float32 as the number of few digits that it was before."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _yarn_scale(factor: float) -> float:
+    """What llama.cpp multiplies its attention factor by, besides."""
+    return 0.1 * math.log(factor) + 1
+
+
+def _longrope_scale(factor: float, length: int) -> float:
+    """The attention factor where none is given; see ops.rope_frequencies."""
+    return math.sqrt(1 + math.log(factor) / math.log(length))
+
+
+def _factors(read: Callable[[str], np.ndarray], name: str) -> tuple[float, ...]:
+    return tuple(read(name).astype(np.float32).ravel().tolist())
+
+
+def _llama3(fields: Mapping[str, Any], factors: tuple[float, ...]) -> dict[str, Any]:
+    """As llama3 scaling where these are a published model's factors, else as factors."""
+    for factor, low, high, length in LLAMA3:
+        expected = _llama3_factors(2 * len(factors), fields["rope_theta"], factor, low, high, length)
+        if np.allclose(factors, expected, rtol=1e-5):
+            return {
+                "rope_scaling": "llama3",
+                "rope_factor": factor,
+                "rope_low_freq_factor": low,
+                "rope_high_freq_factor": high,
+                "rope_original_length": length,
+            }
+    return {
+        "rope_scaling": "longrope",
+        "rope_short_factors": factors,
+        "rope_long_factors": factors,
+        "rope_original_length": fields["block_size"],
+        "rope_attention_factor": 1.0,
+    }
+
+
+def _llama3_factors(
+    channels: int, theta: float, factor: float, low: float, high: float, length: int
+) -> np.ndarray:
+    """What llama3 scaling divides each frequency by; see ops.rope_frequencies."""
+    turns = length * theta ** (-np.arange(0, channels, 2) / channels) / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / (kept + (1 - kept) / factor)
+
+
+def _metadata(arch: Architecture, model: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    keys: dict[str, Any] = {
+        "context_length": model.block_size,
+        "embedding_length": model.n_embd,
+        "block_count": model.n_layer,
+        "feed_forward_length": model.mlp_dim,
+        "attention.head_count": model.n_head,
+        "attention.head_count_kv": model.n_kv_head,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "vocab_size": model.vocab_size,
+    }
+    keys["attention.layer_norm_rms_epsilon" if model.use_rmsnorm else "attention.layer_norm_epsilon"] = model.norm_eps
+    if model.n_expert is not None:
+        keys |= {"expert_count": model.n_expert, "expert_used_count": model.n_expert_per_token}
+        if arch.name == "qwen3moe":
+            keys["expert_feed_forward_length"] = model.mlp_dim
+    if arch.name == "gptneox":
+        keys["use_parallel_residual"] = model.parallel_residual
+    if arch.slides is not None and model.window is not None:
+        keys["attention.sliding_window"] = model.window
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if arch.name == "gemma2" and getattr(model, KEYS[key]) is not None:
+            keys[key] = getattr(model, KEYS[key])
+    factors: dict[str, np.ndarray] = {}
+    if model.use_rope:
+        keys |= {"rope.dimension_count": model.rope_dim, "rope.freq_base": model.rope_theta}
+        if model.rope_scaling in ("linear", "yarn"):
+            keys |= {"rope.scaling.type": model.rope_scaling, "rope.scaling.factor": model.rope_factor}
+        own = model.rope_attention_factor
+        if model.rope_scaling in ("yarn", "longrope"):
+            keys["rope.scaling.original_context_length"] = model.rope_original_length
+        if model.rope_scaling == "yarn" and own is not None:
+            keys["rope.scaling.attn_factor"] = own / _yarn_scale(model.rope_factor)
+        if model.rope_scaling == "longrope":
+            usual = _longrope_scale(model.rope_factor, model.rope_original_length)
+            keys["rope.scaling.attn_factor"] = usual if own is None else own
+        if model.rope_scaling == "yarn":
+            keys |= {"rope.scaling.yarn_beta_fast": model.rope_beta_fast}
+            keys |= {"rope.scaling.yarn_beta_slow": model.rope_beta_slow}
+        if model.rope_scaling == "longrope":
+            factors["rope_factors_short.weight"] = np.asarray(model.rope_short_factors, np.float32)
+            factors["rope_factors_long.weight"] = np.asarray(model.rope_long_factors, np.float32)
+        if model.rope_scaling == "llama3":
+            scaling = (model.rope_low_freq_factor, model.rope_high_freq_factor, model.rope_original_length)
+            listed = _llama3_factors(model.rope_dim, model.rope_theta, model.rope_factor, *scaling)
+            factors["rope_freqs.weight"] = listed.astype(np.float32)
+    return {"general.architecture": arch.name} | {f"{arch.name}.{key}": value for key, value in keys.items()}, factors
