@@ -124,7 +124,8 @@ def _open_gguf(path: Path, tokenizer: Tokenizer | None) -> Source:
         tokenizer = tokenizer or gguf_tokenizer.tokenizer_from_gguf(file.metadata)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return Source(str(path), freeze({"model": vars(cfg)}), tokenizer, parts(groups, file.read))
+    config = freeze({"model": vars(cfg), "sample": {"stop_tokens": gguf_tokenizer.stop_tokens(file.metadata)}})
+    return Source(str(path), config, tokenizer, parts(groups, file.read))
 
 
 def _open_llama2c(path: Path, tokenizer: Tokenizer | None) -> Source:

@@ -29,7 +29,8 @@ MAX_DIMS = 4
 # Objects of Python take more memory than their bytes in a file: so many keys and so many tensors are some MB. The
 # largest published models have some 60 keys and 3,000 tensors.
 MAX_ENTRIES = 1 << 14
-# A vocabulary of 262,144 tokens with its merges takes 20 MB.
+# A vocabulary of 262,144 tokens with its merges takes 20 MB. Text is the one thing that takes more memory than its
+# part of the file: strings of Python are up to 8 times as large, short ones most.
 MAX_HEADER_BYTES = 1 << 28
 # The fewest bytes of a key (a name's length, a type, a value) and of a tensor (a name's length, rank, type, offset).
 MIN_KEY_BYTES = 8 + 4 + 1
@@ -286,7 +287,7 @@ class _Header:
         name = self.string(f"the name of tensor {i}")
         what = f"tensor {_shown(name)}"
         num_dims = self.unsigned(4, what)
-        if num_dims > MAX_DIMS:
+        if num_dims > MAX_DIMS:  # before their numbers are made objects
             raise self.refusal(f"{what} has {num_dims} dimensions, and at most {MAX_DIMS} are read")
         layout = f"<{num_dims}QIQ"
         *dims, type_id, offset = struct.unpack(layout, self.take(struct.calcsize(layout), what))

@@ -283,8 +283,8 @@ def write_model(model: ModelConfig) -> tuple[Architecture, dict[str, Any], dict[
         InputError: llama.cpp has no architecture of this shape; it names the fields that the nearest has otherwise.
     """
     nearest: tuple[int, str] | None = None
-    own = [arch for arch in ARCHITECTURES.values() if model.family in arch.families]
-    for arch in own or ARCHITECTURES.values():
+    of_family = [arch for arch in ARCHITECTURES.values() if model.family in arch.families]
+    for arch in of_family or ARCHITECTURES.values():
         metadata, factors = _metadata(arch, model)
         shapes: dict[str, Shape] = {"token_embd.weight": (model.vocab_size, model.n_embd)}
         shapes |= {name: array.shape for name, array in factors.items()}
@@ -295,15 +295,32 @@ def write_model(model: ModelConfig) -> tuple[Architecture, dict[str, Any], dict[
         }
         shapes |= {name: () for name, is_there in present.items() if is_there}
         try:
-            wrong = differences(model, read_model(metadata, shapes, factors.__getitem__)[1])
+            back = read_model(metadata, shapes, factors.__getitem__)[1]
         except InputError:  # it has not even this shape
             continue
+        # llama3 scaling with other numbers than the published ones is read as the factors that it makes.
+        own = model if back.rope_scaling == model.rope_scaling else _listed(model, factors)
+        wrong = differences(own, back)
         if not wrong:
+            _check_sizes(arch, model)
             return arch, metadata, factors
         if nearest is None or len(wrong) < nearest[0]:
             nearest = len(wrong), f"{', '.join(wrong)} has no counterpart in {arch.name}"
     reason = f": {nearest[1]}, the nearest" if nearest else ""
     raise InputError(f"llama.cpp knows no architecture of this model's shape{reason}")
+
+
+def _check_sizes(arch: Architecture, model: ModelConfig) -> None:
+    """What llama.cpp takes for granted of some architectures."""
+    width = model.n_head * model.head_dim
+    if any(row.ours == ("attn/q", "attn/k", "attn/v") for row in arch.rows) and width != model.n_embd:
+        raise InputError(
+            f"llama.cpp's {arch.name} needs model.n_head * model.head_dim ({width}) to be n_embd ({model.n_embd})"
+        )
+    if arch.name == "olmoe" and model.n_kv_head != model.n_head:
+        raise InputError(
+            f"llama.cpp's olmoe needs model.n_kv_head ({model.n_kv_head}) to be model.n_head ({model.n_head})"
+        )
 
 
 def _number(name: str, fields: Mapping[str, Any], field: str) -> int:
@@ -375,7 +392,7 @@ def _longrope_scale(factor: float, length: int) -> float:
 
 
 def _factors(read: Callable[[str], np.ndarray], name: str) -> tuple[float, ...]:
-    return tuple(read(name).astype(np.float32).ravel().tolist())
+    return tuple(_as_written(value) for value in read(name).astype(np.float32).ravel().tolist())
 
 
 def _llama3(fields: Mapping[str, Any], factors: tuple[float, ...]) -> dict[str, Any]:
@@ -390,13 +407,26 @@ def _llama3(fields: Mapping[str, Any], factors: tuple[float, ...]) -> dict[str, 
                 "rope_high_freq_factor": high,
                 "rope_original_length": length,
             }
+    return _as_longrope(factors, fields["block_size"])
+
+
+def _as_longrope(factors: tuple[float, ...], length: int) -> dict[str, Any]:
+    """The same factors for texts of any length."""
     return {
         "rope_scaling": "longrope",
+        "rope_factor": 1.0,
         "rope_short_factors": factors,
         "rope_long_factors": factors,
-        "rope_original_length": fields["block_size"],
+        "rope_original_length": length,
         "rope_attention_factor": 1.0,
     }
+
+
+def _listed(model: ModelConfig, factors: Mapping[str, np.ndarray]) -> ModelConfig:
+    if "rope_freqs.weight" not in factors:
+        return model
+    listed = _factors(factors.__getitem__, "rope_freqs.weight")
+    return dataclasses.replace(model, **_as_longrope(listed, model.block_size))
 
 
 def _llama3_factors(
@@ -438,17 +468,21 @@ def _metadata(arch: Architecture, model: ModelConfig) -> tuple[dict[str, Any], d
         if model.rope_scaling in ("linear", "yarn"):
             keys |= {"rope.scaling.type": model.rope_scaling, "rope.scaling.factor": model.rope_factor}
         own = model.rope_attention_factor
-        if model.rope_scaling in ("yarn", "longrope"):
+        is_one_list = model.rope_short_factors == model.rope_long_factors and own == 1.0
+        if model.rope_scaling == "longrope" and is_one_list:
+            factors["rope_freqs.weight"] = np.asarray(model.rope_long_factors, np.float32)
+        elif model.rope_scaling in ("yarn", "longrope"):
             keys["rope.scaling.original_context_length"] = model.rope_original_length
         if model.rope_scaling == "yarn" and own is not None:
             keys["rope.scaling.attn_factor"] = own / _yarn_scale(model.rope_factor)
-        if model.rope_scaling == "longrope":
+        if model.rope_scaling == "longrope" and not is_one_list:
             usual = _longrope_scale(model.rope_factor, model.rope_original_length)
             keys["rope.scaling.attn_factor"] = usual if own is None else own
         if model.rope_scaling == "yarn":
             keys |= {"rope.scaling.yarn_beta_fast": model.rope_beta_fast}
             keys |= {"rope.scaling.yarn_beta_slow": model.rope_beta_slow}
-        if model.rope_scaling == "longrope":
+        if model.rope_scaling == "longrope" and not is_one_list:
+            keys["rope.scaling.type"] = "longrope"
             factors["rope_factors_short.weight"] = np.asarray(model.rope_short_factors, np.float32)
             factors["rope_factors_long.weight"] = np.asarray(model.rope_long_factors, np.float32)
         if model.rope_scaling == "llama3":

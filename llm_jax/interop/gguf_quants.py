@@ -86,17 +86,17 @@ def quantize_q8_0(weights: Float[np.ndarray, "*rows weights"]) -> UInt8[np.ndarr
 def _encode_q8_0(x: np.ndarray) -> np.ndarray:
     largest = np.abs(x).max(axis=1, keepdims=True)
     d = largest / np.float32(127)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        stored = d.astype("<f2")
-        if not np.isfinite(stored).all():
-            raise InputError(
-                f"a weight of {largest[~np.isfinite(stored)][0]} can't be stored as Q8_0, whose scale is a float16; "
-                "store this tensor as F32 or BF16"
-            )
-        # A subnormal d has no float32 inverse; its block's float16 scale is 0, whatever stands beside it.
-        scaled = x * np.where(d == 0, np.float32(0), 1 / d)
-        whole = np.trunc(scaled)
-        q = (whole + np.trunc(2 * (scaled - whole))).astype(np.int8)
+    with np.errstate(over="ignore", divide="ignore"):
+        stored, inverse = d.astype("<f2"), 1 / d
+    if not np.isfinite(stored).all():
+        raise InputError(
+            f"a weight of {largest[~np.isfinite(stored)][0]} can't be stored as Q8_0, whose scale is a float16; "
+            "store this tensor as F32 or BF16"
+        )
+    # 0 has no inverse, nor have the least of float32's subnormals, which are 0 as float16.
+    scaled = x * np.where(np.isfinite(inverse), inverse, 0)
+    whole = np.trunc(scaled)
+    q = (whole + np.trunc(2 * (scaled - whole))).astype(np.int8)
     return np.concatenate([stored.view(np.uint8), q.view(np.uint8)], axis=1)
 
 

@@ -1,0 +1,198 @@
+"""A GGUF file's vocabulary as a Tokenizer, and back: byte-level BPE, split as llama.cpp does, and SentencePiece."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers as hf
+from tokenizers import decoders, models, normalizers
+
+from llm_jax.errors import InputError
+from llm_jax.tokenizers import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+# Control tokens that end an answer, whatever the file calls its end of text.
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD, _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
+QWEN2_SPLIT = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_AHEAD = r"[^\r\n\p{L}\p{N}]?"
+TEKKEN_SPLIT = (
+    rf"{_AHEAD}{_UPPER}*{_LOWER}+|{_AHEAD}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What llama.cpp does with a file that does not say.
+DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
+
+
+def _splits(*patterns: str) -> dict[str, Any]:
+    each = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [*each, last]}
+
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+# tokenizer.ggml.pre -> (normalizer, pre-tokenizer, whether a token that is there whole is taken without merges), as
+# published tokenizer.json have them; the first name of several that mean the same is written.
+PRE: dict[tuple[str, ...], tuple[str | None, dict[str, Any], bool]] = {
+    ("gpt-2", "phi-2", "mpt", "jais"): (None, _BYTE_LEVEL, False),
+    ("olmo",): ("NFC", _BYTE_LEVEL, False),
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"): (
+        None,
+        {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTE_LEVEL]},
+        False,
+    ),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"): (None, _splits(LLAMA3_SPLIT), True),
+    ("dbrx", "smaug-bpe"): (None, _splits(LLAMA3_SPLIT), False),
+    ("qwen2", "deepseek-r1-qwen"): ("NFC", _splits(QWEN2_SPLIT), False),
+    ("stablelm2", "hunyuan"): (None, _splits(QWEN2_SPLIT), False),
+    ("tekken",): (None, _splits(TEKKEN_SPLIT), True),
+    ("default",): (None, _splits(*DEFAULT_SPLITS), False),
+}
+ADDS_BOS = ("llama-bpe", "tekken")  # where the file does not say
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a GGUF file's metadata.
+
+    Raises:
+        InputError: a kind that is not known here, or lists that do not belong together.
+    """
+    kind = _get(metadata, "model", str)
+    tokens = _get(metadata, "tokens", list)
+    kinds = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), NORMAL))
+    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
+        raise InputError(f"tokenizer.ggml.token_type must have {len(tokens)} numbers, one for each token")
+    if len(set(tokens)) != len(tokens):
+        raise InputError("tokenizer.ggml.tokens has a token twice")
+    if kind != "gpt2":
+        raise InputError(f"tokenizer.ggml.model ({kind!r}) must be gpt2 or llama")
+    return _byte_level(metadata, tokens, kinds.tolist())
+
+
+def stop_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The ids that end a text; None where the file names none."""
+    tokens = _get(metadata, "tokens", list)
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    given = {metadata.get(f"tokenizer.ggml.{name}") for name in names} - {None}
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    controls = [token for token, kind in zip(tokens, kinds, strict=False) if kind == CONTROL]
+    given |= {tokens.index(token) for token in END_OF_TURN if token in controls}
+    return tuple(sorted(given)) or None
+
+
+def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """The metadata of a tokenizer, its list of tokens filled up to the model's vocabulary.
+
+    Raises:
+        InputError: llama.cpp has no counterpart of it.
+    """
+    spec = json.loads(tokenizer.backend.to_str())
+    if spec["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(spec["decoder"]):
+        raise InputError(f"a tokenizer of type {spec['model']['type']} has no counterpart in GGUF yet")
+    found = [names[0] for names, how in PRE.items() if how == _how(spec)]
+    if not found:
+        splitting = json.dumps(spec["pre_tokenizer"])
+        raise InputError(
+            f"the way this tokenizer splits text has no counterpart in llama.cpp, which knows "
+            f"{', '.join(names[0] for names in PRE)}: {splitting[:200]}"
+        )
+    added = tokenizer.backend.get_added_tokens_decoder()
+    vocab = {i: token for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    tokens = [vocab.get(i, f"[UNUSED{i}]") for i in range(max(vocab_size, tokenizer.vocab_size))]
+    kinds = [
+        (CONTROL if added[i].special else USER_DEFINED) if i in added else NORMAL if i in vocab else UNUSED
+        for i in range(len(tokens))
+    ]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    metadata: dict[str, Any] = {
+        "model": "gpt2",
+        "pre": found[0],
+        "tokens": tokens,
+        "token_type": np.array(kinds, np.int32),
+        "merges": merges,
+        "add_bos_token": tokenizer.add_bos,
+    } | {name: i for name, i in ids.items() if i is not None}
+    return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+
+
+def _get(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(value, kind):
+        raise InputError(f"tokenizer.ggml.{name} is missing or no {kind.__name__}")
+    return value
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    names = next((names for names in PRE if pre in names), None)
+    if names is None:
+        known = ", ".join(name for names in PRE for name in names)
+        raise InputError(f"tokenizer.ggml.pre ({pre!r}) is not known; known are {known}")
+    normalizer, splitting, ignore_merges = PRE[names]
+    # Unused ones only fill the list up to the model's vocabulary.
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
+    merges = []
+    for merge in _get(metadata, "merges", list):
+        left, _, right = merge.partition(" ")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise InputError(f"tokenizer.ggml.merges has {merge[:40]!r}, of tokens that are not there")
+        merges.append((left, right))
+    backend = hf.Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    # By the library's own JSON, so that what is written can be compared with what is known.
+    spec = json.loads(backend.to_str()) | {"pre_tokenizer": splitting}
+    backend = hf.Tokenizer.from_str(json.dumps(spec))
+    if normalizer is not None:
+        backend.normalizer = getattr(normalizers, normalizer)()
+    backend.decoder = decoders.ByteLevel()
+    _add_tokens(backend, tokens, kinds)
+    return Tokenizer(
+        backend,
+        **_special(metadata, tokens, adds_bos=names[0] in ADDS_BOS),
+        split_special_tokens=False,
+    )
+
+
+def _add_tokens(backend: hf.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    """Tokens that are found in a text before it is split."""
+    for kind, add, special in (
+        (CONTROL, backend.add_special_tokens, True),
+        (UNKNOWN, backend.add_special_tokens, True),
+        (USER_DEFINED, backend.add_tokens, False),
+    ):
+        names = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
+        add([hf.AddedToken(name, special=special, normalized=False) for name in names])
+
+
+def _special(metadata: Mapping[str, Any], tokens: Sequence[str], *, adds_bos: bool) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name in ("bos", "eos"):
+        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+            raise InputError(f"tokenizer.ggml.{name}_token_id ({i}) is not among the {len(tokens)} tokens")
+        named[f"{name}_token"] = None if i is None else tokens[i]
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
+    return named | {"add_bos": bool(add_bos)}
+
+
+def _how(spec: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], bool]:
+    """(normalizer, pre-tokenizer, ignore_merges) of a tokenizer.json, written as in PRE."""
+    normalizer = spec["normalizer"] and spec["normalizer"]["type"]
+    return normalizer, _plain(spec["pre_tokenizer"]), bool(spec["model"].get("ignore_merges"))
+
+
+def _plain(splitting: Any) -> Any:
+    if not isinstance(splitting, dict):
+        return splitting
+    if splitting["type"] == "Sequence":
+        return {"type": "Sequence", "pretokenizers": [_plain(each) for each in splitting["pretokenizers"]]}
+    # Where tokens lie in the text is not asked for.
+    return splitting | ({"trim_offsets": True} if splitting["type"] == "ByteLevel" else {})
