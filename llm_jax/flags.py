@@ -18,8 +18,11 @@ from llm_jax.progress import silence_standard_output
 CONFIG_CHANGES = "config.group.key"  # the flag that collects them all, each as "group.key=value"
 
 
-def run(main: Callable[..., Any], *, subcommands: Sequence[str] = ()) -> NoReturn:
-    """Parses the flags, runs a command and exits. Where it has subcommands, `main` is given the one that was named.
+def run(main: Callable[..., Any], *, subcommands: Sequence[str] = (), arguments: Sequence[str] = ()) -> NoReturn:
+    """Parses the flags, runs a command and exits.
+
+    Where it has subcommands, `main` is given the one that was named; where it has arguments, such as SRC and DST,
+    all of them.
 
     0: done. 2: a person's mistake, told in one line on standard error. 130 or 143: ended by SIGINT or
     SIGTERM, 141: by a closed pipe. Anything else that goes wrong is our bug, and keeps its traceback.
@@ -41,7 +44,7 @@ def run(main: Callable[..., Any], *, subcommands: Sequence[str] = ()) -> NoRetur
             print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
 
-    app.run(guarded, flags_parser=functools.partial(parse, subcommands=subcommands))
+    app.run(guarded, flags_parser=functools.partial(parse, subcommands=subcommands, arguments=arguments))
 
 
 @contextlib.contextmanager
@@ -57,15 +60,17 @@ def importing() -> Iterator[None]:
         signal.signal(signum, handler)
 
 
-def parse(argv: Sequence[str], *, subcommands: Sequence[str] = ()) -> list[str]:
+def parse(argv: Sequence[str], *, subcommands: Sequence[str] = (), arguments: Sequence[str] = ()) -> list[str]:
     """absl's parsing, where every mistake is one line and --config.group.key=value needs no flag of its own."""
     try:
-        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
-        rest = flags.FLAGS([argv[0], *map(_config_change, arguments)])
+        given = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        rest = flags.FLAGS([argv[0], *map(_config_change, given)])
         if subcommands and (len(rest) == 1 or rest[1] not in subcommands):
             given = f"unknown command {rest[1]!r}" if len(rest) > 1 else "no command given"
             raise InputError(f"{given}; it is one of {', '.join(subcommands)}")
-        if unexpected := rest[1 + bool(subcommands) :]:
+        if len(rest) <= len(arguments):
+            raise InputError(f"{arguments[len(rest) - 1]} is missing; give {' '.join(arguments)}")
+        if unexpected := rest[1 + bool(subcommands) + len(arguments) :]:
             raise InputError(f"unexpected argument {unexpected[0]!r}; flags are written --name=value")
         return rest
     except flags.UnrecognizedFlagError as error:

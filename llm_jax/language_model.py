@@ -119,6 +119,23 @@ class LanguageModel(TextModel):
             checkpoint.save(manager, 0, {"params": self.params}, val_loss=None)
         run_folder.write_run(path, self.config, self.tokenizer)
 
+    def save_gguf(self, path: str | Path, *, dtype: str | None = None) -> None:
+        """Writes a GGUF file that llama.cpp runs, its tokenizer and chat template with it.
+
+        Args:
+            dtype: of matrices, "float32", "bfloat16", "float16" or "q8_0"; None: as the parameters are.
+
+        Raises:
+            InputError: llama.cpp has no architecture of this shape (it names the fields that have no counterpart), or
+                does not split text as the tokenizer does; the file is there.
+        """
+        if dtype is not None and dtype not in published.GGUF_TYPES:
+            raise InputError(f"dtype ({dtype!r}) must be one of {', '.join(published.GGUF_TYPES)}")
+        published.save_gguf(self._source(), Path(os.path.expanduser(path)), dtype=dtype)
+
+    def _source(self) -> pretrained.Source:
+        return pretrained.Source("the model", self.config, self.tokenizer, pretrained.part_of(self.params))
+
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = published.MAX_SHARD_BYTES) -> None:
         """Writes a Hugging Face folder that transformers opens with equal logits.
 
@@ -130,8 +147,7 @@ class LanguageModel(TextModel):
         Raises:
             InputError: no family has this shape (it names the fields that have no counterpart); the folder is there.
         """
-        source = pretrained.Source("the model", self.config, self.tokenizer, pretrained.part_of(self.params))
-        published.save_hf(source, Path(os.path.expanduser(folder)), max_shard_bytes=max_shard_bytes)
+        published.save_hf(self._source(), Path(os.path.expanduser(folder)), max_shard_bytes=max_shard_bytes)
 
     def export(self, path: str | Path, *, platforms: Sequence[str] = ()) -> None:
         """Writes a folder that `llm_jax.load_exported` opens: compiled forms, parameters, tokenizer.

@@ -23,12 +23,19 @@ from llm_jax.pretrained import Source, param_shapes
 from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import Tokenizer
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of them
+# dtype -> GGUF's name of it, and llama.cpp's number of a file of it
+GGUF_TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "q8_0": ("Q8_0", 7), "bfloat16": ("BF16", 32)}
 MAX_SHARD_BYTES = hf.MAX_SHARD_BYTES
 
 
-def save_hf(source: Source, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes a Hugging Face folder that transformers opens, in the dtype of config.model.param_dtype.
+def save_hf(
+    source: Source, folder: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes a Hugging Face folder that transformers opens.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; None: config.model.param_dtype.
+        max_shard_bytes: of a file of weights, unless one tensor has more.
 
     Raises:
         InputError: no published family has the model's shape; the folder is there already.
@@ -37,7 +44,8 @@ def save_hf(source: Source, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BY
     family, hf_json = hf_config.write_config(config.model)
     groups = list(tensors(family.rows, param_shapes(config.model)))
     offset = config.model.norm_weight_offset - family.fixed.get("norm_weight_offset", 0.0)
-    dtype = jnp.dtype(config.model.param_dtype)
+    hf_json |= {"dtype": dtype or config.model.param_dtype, "torch_dtype": dtype or config.model.param_dtype}
+    dtype = jnp.dtype(dtype or config.model.param_dtype)
     sizes = {tensor.name: math.prod(tensor.shape) * dtype.itemsize for group in groups for tensor in group}
     special = _special_ids(config, tokenizer)
     with _new_folder(folder) as partial, byte_bar(sum(sizes.values()), f"writing {folder.name}") as bar:
@@ -49,17 +57,20 @@ def save_hf(source: Source, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BY
         hf.write_safetensors(partial, sizes, written, max_shard_bytes=max_shard_bytes)
 
 
-def save_gguf(source: Source, path: Path, *, type_name: str = "F32") -> None:
-    """Writes a GGUF file that llama.cpp runs: vectors in float32, matrices as F32, F16, BF16 or Q8_0.
+def save_gguf(source: Source, path: Path, *, dtype: str | None = None) -> None:
+    """Writes a GGUF file that llama.cpp runs; vectors in float32.
 
-    Matrices whose rows are no multiple of Q8_0's blocks of 32 are written as F16, as llama.cpp does.
+    Args:
+        dtype: of matrices, "float32", "bfloat16", "float16" or "q8_0", in which those whose rows are no multiple of
+            its blocks of 32 are float16, as llama.cpp has it; None: config.model.param_dtype.
 
     Raises:
         InputError: llama.cpp knows no architecture of this shape, or not this kind of tokenizer; the file is there.
     """
     config = source.config
+    type_name, file_type = GGUF_TYPES[dtype or config.model.param_dtype]
     arch, metadata, factors = gguf_model.write_model(config.model)
-    metadata = {"general.name": path.stem} | metadata | {"general.file_type": FILE_TYPES[type_name]}
+    metadata = {"general.name": path.stem} | metadata | {"general.file_type": file_type}
     metadata |= gguf_tokenizer.gguf_metadata(source.tokenizer, config.model.vocab_size)
     groups = list(tensors(arch.rows, param_shapes(config.model)))
     part = _moved_norms(source.part, config.model.norm_weight_offset)

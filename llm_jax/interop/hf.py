@@ -112,7 +112,7 @@ def find_tensors(family: Family, groups: Sequence[Sequence[Tensor]], names: set[
 def write_safetensors(
     folder: Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], *, max_shard_bytes: int
 ) -> None:
-    """Writes model.safetensors, or with more bytes than that several files and their index; one is in memory.
+    """Writes model.safetensors beside config.json, or with more bytes several files and their index; one is in memory.
 
     sizes: bytes of each tensor, in the order in which they come.
     """
@@ -125,6 +125,7 @@ def write_safetensors(
         held = dict(next(tensors) for _ in names)
         assert list(held) == names
         safetensors.numpy.save_file(held, folder / file_name, metadata={"format": "pt"})
+        (folder / file_name).chmod((folder / "config.json").stat().st_mode)  # the library keeps it to its owner
         del held
     if len(shards) > 1:
         places = {name: file for file, names in zip(file_names, shards, strict=True) for name in names}

@@ -41,7 +41,8 @@ def period(values: Sequence[Any]) -> tuple[Any, ...]:
 def _deciding(model: ModelConfig) -> dict[str, Any]:
     """The fields that decide the network, those without a part in it left out, patterns at their shortest."""
     fields = dataclasses.asdict(model)
-    unused = {"family", "dropout", "attention", "layer_execution", "remat", "compute_dtype", "norm_weight_offset"}
+    unused = {"family", "dropout", "attention", "layer_execution", "remat"}
+    unused |= {"param_dtype", "compute_dtype", "norm_weight_offset"}  # how the same numbers are stored
     if model.use_rmsnorm:
         unused |= {"use_bias"}  # LayerNorm's; those of products have fields of their own
     if not model.use_rope:

@@ -85,10 +85,10 @@ def test_every_family_is_written():
     assert {case.values[0] for case in WRITTEN} == set(MODELS)
 
 
-@pytest.mark.parametrize("type_name, largest", [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 2e-2)])
-def test_other_types_round_matrices_alone(type_name, largest, tokenizer, tmp_path):
+@pytest.mark.parametrize("dtype, largest", [("float16", 2e-3), ("bfloat16", 2e-2), ("q8_0", 2e-2)])
+def test_other_types_round_matrices_alone(dtype, largest, tokenizer, tmp_path):
     _, lm = make("llama", 0)
-    back = llm_jax.load(written(lm, tmp_path / "model.gguf", tokenizer, type_name=type_name))
+    back = llm_jax.load(written(lm, tmp_path / "model.gguf", tokenizer, dtype=dtype))
     norms = [tree["blocks"]["attn_norm"]["weight"] for tree in (back.params, lm.params)]
     np.testing.assert_array_equal(*norms)
     for ours, theirs in zip(jax.tree.leaves(back.params), jax.tree.leaves(lm.params), strict=True):
