@@ -1,9 +1,8 @@
 """Converts a model: python -m llm_jax.convert SRC DST [--dtype=bfloat16] [--to=hf]
 
 SRC is what llm_jax.load opens: a run's workdir, a Hugging Face folder, a GGUF file, or llama2.c's model.bin. DST is a
-GGUF file if its name ends in .gguf, llama2.c's if it ends in .bin, and otherwise a Hugging Face folder, or with
---to=run a run's. One tensor is read and written at a time, but a run is read and written as a whole. DST is there when
-all of it is.
+GGUF file if its name ends in .gguf, llama2.c's if in .bin, and otherwise a Hugging Face folder, or with --to=run a
+run's. One tensor is read and written at a time, but a run is as a whole. DST is there when all of it is.
 """
 
 import os

@@ -112,7 +112,7 @@ def find_tensors(family: Family, groups: Sequence[Sequence[Tensor]], names: set[
 def write_safetensors(
     folder: Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], *, max_shard_bytes: int
 ) -> None:
-    """Writes model.safetensors beside config.json, or with more bytes several files and their index; one is in memory.
+    """Writes model.safetensors beside config.json, or with more bytes several files and an index; one is in memory.
 
     sizes: bytes of each tensor, in the order in which they come.
     """
