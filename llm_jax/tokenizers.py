@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from llm_jax import sentencepiece
 from llm_jax.errors import InputError
 from llm_jax.files import write_whole
 
@@ -228,13 +229,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a tokenizer.json, or the folder that holds one.
+    """Opens a tokenizer.json, SentencePiece's tokenizer.model, or the folder that holds one of them.
 
     bos, eos and add_bos come from tokenizer_config.json beside it, else from well-known names among
     its added tokens and from what its own post-processor puts first.
     """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (path / "tokenizer.model").exists():
+        file = path / "tokenizer.model"
+    if file.suffix == ".model":
+        return _load_sentencepiece(file)
     spec = _read_json(file, "tokenizer", remedy="give a tokenizer.json or a folder that holds one")
     try:
         backend = hf.Tokenizer.from_str(json.dumps(spec))
@@ -250,9 +255,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
 
     def special(key: str, names: Sequence[str]) -> str | None:
-        if key in settings:  # an explicit null means that there is none
-            token = settings[key]
-            return token["content"] if isinstance(token, dict) else token
+        if key in settings:
+            return _name(settings[key])
         return next((name for name in names if name in added), None)
 
     bos_token = special("bos_token", BOS_NAMES)
@@ -267,6 +271,33 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         split_special_tokens=bool(settings.get("split_special_tokens", False)),
         settings=settings,
     )
+
+
+def _load_sentencepiece(file: Path) -> Tokenizer:
+    """BOS comes first unless tokenizer_config.json says otherwise: the models of such files were trained so."""
+    vocabulary = sentencepiece.read_model(file)
+    settings_file = file.with_name("tokenizer_config.json")
+    settings = {}
+    if settings_file.exists():
+        settings = _read_json(settings_file, "tokenizer", remedy="repair or remove it")
+    names = {"bos_token": vocabulary.name(vocabulary.bos_id), "eos_token": vocabulary.name(vocabulary.eos_id)}
+    names |= {key: _name(settings[key]) for key in names if key in settings}
+    try:
+        backend = sentencepiece.build(vocabulary)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    return Tokenizer(
+        backend,
+        **names,
+        add_bos=bool(settings.get("add_bos_token", True)),
+        split_special_tokens=bool(settings.get("split_special_tokens", False)),
+        settings=settings,
+    )
+
+
+def _name(token: Any) -> str | None:
+    """tokenizer_config.json has a token as its text, or as an object; an explicit null means that there is none."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _read_json(file: Path, what: str, *, remedy: str) -> dict:

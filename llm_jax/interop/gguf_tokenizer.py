@@ -9,9 +9,20 @@ import tokenizers as hf
 from tokenizers import decoders, models, normalizers
 
 from llm_jax.errors import InputError
+from llm_jax.sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    add_tokens,
+    build,
+)
 from llm_jax.tokenizers import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 # Control tokens that end an answer, whatever the file calls its end of text.
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
 
@@ -72,9 +83,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         raise InputError(f"tokenizer.ggml.token_type must have {len(tokens)} numbers, one for each token")
     if len(set(tokens)) != len(tokens):
         raise InputError("tokenizer.ggml.tokens has a token twice")
-    if kind != "gpt2":
-        raise InputError(f"tokenizer.ggml.model ({kind!r}) must be gpt2 or llama")
-    return _byte_level(metadata, tokens, kinds.tolist())
+    if kind == "gpt2":
+        return _byte_level(metadata, tokens, kinds.tolist())
+    if kind == "llama":
+        return _sentencepiece(metadata, tokens, kinds.tolist())
+    raise InputError(f"tokenizer.ggml.model ({kind!r}) must be gpt2 or llama")
 
 
 def stop_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -95,15 +108,8 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         InputError: llama.cpp has no counterpart of it.
     """
     spec = json.loads(tokenizer.backend.to_str())
-    if spec["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(spec["decoder"]):
-        raise InputError(f"a tokenizer of type {spec['model']['type']} has no counterpart in GGUF yet")
-    found = [names[0] for names, how in PRE.items() if how == _how(spec)]
-    if not found:
-        splitting = json.dumps(spec["pre_tokenizer"])
-        raise InputError(
-            f"the way this tokenizer splits text has no counterpart in llama.cpp, which knows "
-            f"{', '.join(names[0] for names in PRE)}: {splitting[:200]}"
-        )
+    if spec["model"]["type"] != "BPE":
+        raise InputError(f"a tokenizer of type {spec['model']['type']} has no counterpart in GGUF here")
     added = tokenizer.backend.get_added_tokens_decoder()
     vocab = {i: token for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
     tokens = [vocab.get(i, f"[UNUSED{i}]") for i in range(max(vocab_size, tokenizer.vocab_size))]
@@ -111,17 +117,57 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         (CONTROL if added[i].special else USER_DEFINED) if i in added else NORMAL if i in vocab else UNUSED
         for i in range(len(tokens))
     ]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+    merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in spec["model"]["merges"]]
+    of_kind = _of_sentencepiece if spec["model"]["byte_fallback"] else _of_byte_level
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     metadata: dict[str, Any] = {
-        "model": "gpt2",
-        "pre": found[0],
         "tokens": tokens,
         "token_type": np.array(kinds, np.int32),
-        "merges": merges,
         "add_bos_token": tokenizer.add_bos,
     } | {name: i for name, i in ids.items() if i is not None}
+    metadata |= of_kind(spec, tokens, merges, kinds)
     return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+
+
+def _of_byte_level(
+    spec: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[Sequence[str]], kinds: Sequence[int]
+) -> dict[str, Any]:
+    found = [names[0] for names, how in PRE.items() if how == _how(spec)]
+    if not found or "ByteLevel" not in json.dumps(spec["decoder"]):
+        splitting = json.dumps(spec["pre_tokenizer"])
+        raise InputError(
+            f"the way this tokenizer splits text has no counterpart in llama.cpp, which knows "
+            f"{', '.join(names[0] for names in PRE)}: {splitting[:200]}"
+        )
+    return {"model": "gpt2", "pre": found[0], "merges": [" ".join(merge) for merge in merges]}
+
+
+def _of_sentencepiece(
+    spec: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[Sequence[str]], kinds: Sequence[int]
+) -> dict[str, Any]:
+    """Scores by the order of merges: llama.cpp joins the two pieces whose joint has the highest."""
+    steps = spec["normalizer"] or {}
+    steps = steps.get("normalizers", [steps])
+    adds_space = {"type": "Prepend", "prepend": SPACE} in steps
+    known = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    if spec["pre_tokenizer"] is not None or known[1] not in steps or any(step not in known for step in steps):
+        raise InputError("the way this tokenizer treats blanks has no counterpart in llama.cpp")
+    best: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        best.setdefault(left + right, rank)
+    unknown = spec["model"]["unk_token"]
+    is_byte = [len(token) == 6 and token.startswith("<0x") and token.endswith(">") for token in tokens]
+    own = [
+        UNKNOWN if token == unknown else BYTE if byte and kind == NORMAL else kind
+        for token, byte, kind in zip(tokens, is_byte, kinds, strict=True)
+    ]
+    return {
+        "model": "llama",
+        "pre": "default",
+        "scores": np.array([-best.get(token, len(merges)) for token in tokens], np.float32),
+        "token_type": np.array(own, np.int32),
+        "add_space_prefix": adds_space,
+    }
 
 
 def _get(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -153,7 +199,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Seque
     if normalizer is not None:
         backend.normalizer = getattr(normalizers, normalizer)()
     backend.decoder = decoders.ByteLevel()
-    _add_tokens(backend, tokens, kinds)
+    add_tokens(backend, tokens, kinds)
     return Tokenizer(
         backend,
         **_special(metadata, tokens, adds_bos=names[0] in ADDS_BOS),
@@ -161,15 +207,13 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Seque
     )
 
 
-def _add_tokens(backend: hf.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    """Tokens that are found in a text before it is split."""
-    for kind, add, special in (
-        (CONTROL, backend.add_special_tokens, True),
-        (UNKNOWN, backend.add_special_tokens, True),
-        (USER_DEFINED, backend.add_tokens, False),
-    ):
-        names = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
-        add([hf.AddedToken(name, special=special, normalized=False) for name in names])
+def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    scores = _get(metadata, "scores", np.ndarray)
+    special = _special(metadata, tokens, adds_bos=True)
+    # llama.cpp leaves the blanks of a text as they are.
+    adds_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    backend = build(Vocabulary(tokens, scores.tolist(), kinds, adds_space=adds_space))
+    return Tokenizer(backend, **special, split_special_tokens=False)
 
 
 def _special(metadata: Mapping[str, Any], tokens: Sequence[str], *, adds_bos: bool) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """llama2.c's model.bin (its first format, of float32 and no magic number): a Llama as one header and its arrays."""
 
 import math
+import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,9 +13,12 @@ from llm_jax.errors import InputError
 from llm_jax.files import written_whole
 from llm_jax.interop.network import differences
 from llm_jax.interop.tensors import row
+from llm_jax.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Vocabulary, build
+from llm_jax.tokenizers import Tokenizer
 
 HEADER = ("n_embd", "mlp_dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "block_size")  # int32 each
 MAGIC = 0x616B3432  # of its later formats
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 # In the order of the file, in which all layers' arrays of a kind lie together.
 ROWS = (
     row("embed/tokens", "token_embedding", "table"),
@@ -66,6 +71,38 @@ class Llama2c:
     def read(self, name: str) -> np.ndarray:
         offset, shape = self._offsets[name]
         return self._file[offset : offset + math.prod(shape) * 4].view("<f4").reshape(shape)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer.bin of llama2.c: the longest piece's length, then of each piece its score, length and bytes.
+
+    Raises:
+        InputError: the file can't be read, or does not end where its last piece does.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror})") from None
+    pieces, scores, at = [], [], 4
+    while at < len(data):
+        if len(data) - at < 8:
+            raise InputError(f"{path} is no tokenizer.bin of llama2.c: it ends within a piece")
+        score, length = struct.unpack_from("<fi", data, at)
+        at += 8
+        if not 0 <= length <= len(data) - at:
+            raise InputError(f"{path} is no tokenizer.bin of llama2.c: a piece of {length} bytes at byte {at}")
+        pieces.append(data[at : at + length].decode(errors="replace").replace(" ", SPACE))
+        scores.append(score)
+        at += length
+    kinds = [BYTE if BYTE_PIECE.fullmatch(piece) else NORMAL for piece in pieces]
+    pieces[:3], kinds[:3] = ["<unk>", "<s>", "</s>"], [UNKNOWN, CONTROL, CONTROL]
+    if len(pieces) < 3:
+        raise InputError(f"{path} is no tokenizer.bin of llama2.c: it has {len(pieces)} pieces")
+    try:
+        backend = build(Vocabulary(pieces, scores, kinds))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Tokenizer(backend, bos_token="<s>", eos_token="</s>", add_bos=True, split_special_tokens=False)
 
 
 def check(model: ModelConfig) -> None:
