@@ -39,6 +39,9 @@ class Vocabulary(NamedTuple):
 def build(vocabulary: Vocabulary) -> hf.Tokenizer:
     """The backend that gives the ids that SentencePiece gives.
 
+    But where a space is added before a text, it is added behind each special token and each symbol that users defined
+    too, as llama.cpp and transformers do.
+
     Raises:
         InputError: lists of different lengths, a piece twice, pieces too long to find merges for.
     """
@@ -61,7 +64,8 @@ def build(vocabulary: Vocabulary) -> hf.Tokenizer:
         backend = hf.Tokenizer(bpe)
     steps: list[Any] = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
     if vocabulary.merges_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(hf.Regex(" {2,}"), " ")]
+        # Not by the library's Strip, which takes line breaks too.
+        steps += [normalizers.Replace(hf.Regex("^ +| +$"), ""), normalizers.Replace(hf.Regex(" {2,}"), " ")]
     if vocabulary.adds_space:
         steps += [normalizers.Prepend(SPACE)]
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
