@@ -52,6 +52,8 @@ def build(vocabulary: Vocabulary) -> hf.Tokenizer:
         raise InputError("a piece is there twice")
     unknown = next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), None)
     byte_fallback = BYTE in kinds
+    if vocabulary.is_unigram and unknown is None:
+        raise InputError("a unigram vocabulary needs a piece for what is unknown, and has none")
     if vocabulary.is_unigram:
         pairs = list(zip(pieces, map(float, scores), strict=True))
         backend = hf.Tokenizer(models.Unigram(pairs, unk_id=unknown, byte_fallback=byte_fallback))
@@ -65,7 +67,7 @@ def build(vocabulary: Vocabulary) -> hf.Tokenizer:
     steps: list[Any] = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
     if vocabulary.merges_spaces:
         # Not by the library's Strip, which takes line breaks too.
-        steps += [normalizers.Replace(hf.Regex("^ +| +$"), ""), normalizers.Replace(hf.Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(hf.Regex(r"\A +| +\z"), ""), normalizers.Replace(hf.Regex(" {2,}"), " ")]
     if vocabulary.adds_space:
         steps += [normalizers.Prepend(SPACE)]
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
@@ -73,16 +75,21 @@ def build(vocabulary: Vocabulary) -> hf.Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *first]
     )
-    add_tokens(backend, pieces, kinds)
+    # Blanks are looked for as what they have become; a symbol with a plain one in it never was found.
+    findable = [kind if kind != USER_DEFINED or " " not in piece else UNUSED for piece, kind in zip(pieces, kinds)]
+    add_tokens(backend, pieces, findable, normalized=not vocabulary.adds_space)
     return backend
 
 
-def add_tokens(backend: hf.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    """Makes control tokens special, and has those that users defined found in a text before it is split."""
+def add_tokens(backend: hf.Tokenizer, tokens: Sequence[str], kinds: Sequence[int], *, normalized: bool) -> None:
+    """Makes control tokens special, and has those that users defined found in a text before it is split.
+
+    normalized: whether what users defined is looked for in the normalized text.
+    """
     for special, add in ((True, backend.add_special_tokens), (False, backend.add_tokens)):
         wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
         names = [token for token, kind in zip(tokens, kinds, strict=True) if kind in wanted]
-        add([hf.AddedToken(name, special=special, normalized=False) for name in names])
+        add([hf.AddedToken(name, special=special, normalized=normalized and not special) for name in names])
 
 
 def _merges(scores: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ TEXTS = [
     "Привет, мир! ещё",
     "你好，世界！",
     "emoji 🎉👩‍🚀 and é",
+    "<turn>Lily<turn>  says",
     "a line\nbreak\n\n  and an indent",
     "aaaaaaaaa bbbbbbbb",
     "ﬁne ½ ａｂｃ Å",
@@ -43,7 +44,7 @@ KINDS = {
         remove_extra_whitespaces=False,
         normalization="identity",
         add_dummy_prefix=False,  # as Gemma's
-        user_defined_symbols=["<turn>", "    "],
+        user_defined_symbols=["<turn>", "    ", "▁▁▁"],
     ),
 }
 

@@ -199,7 +199,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Seque
     if normalizer is not None:
         backend.normalizer = getattr(normalizers, normalizer)()
     backend.decoder = decoders.ByteLevel()
-    add_tokens(backend, tokens, kinds)
+    add_tokens(backend, tokens, kinds, normalized=False)
     return Tokenizer(
         backend,
         **_special(metadata, tokens, adds_bos=names[0] in ADDS_BOS),
