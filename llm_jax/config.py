@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from llm_jax.errors import InputError
-from llm_jax.sampling_rules import MAX_NEW_TOKENS, check_sampling
+from llm_jax.sampling_rules import MAX_NEW_TOKENS, check_sampling, number
 
 MLPS = ("gelu", "gelu_tanh", "swiglu", "geglu", "relu2")
 ROPE_SCALINGS = ("linear", "ntk", "llama3", "yarn", "longrope")
@@ -284,7 +284,7 @@ def stretched(cfg: Config, *, rope_scaling: str | None, rope_factor: float | Non
     m = cfg.model
     if m.rope_scaling is not None:
         raise InputError(f"this model has rope_scaling {m.rope_scaling!r} already; leave rope_scaling out")
-    length = m.block_size * rope_factor
+    length = m.block_size * number("rope_factor", rope_factor)
     if not m.block_size + 1 <= length <= MAX_NEW_TOKENS:
         raise InputError(
             f"rope_factor ({rope_factor}) times block_size ({m.block_size}) must be from {m.block_size + 1} to "

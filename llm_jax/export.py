@@ -32,6 +32,7 @@ def export(
     params: model.Params,
     tokenizer: Tokenizer,
     *,
+    stop_tokens: Sequence[int],
     platforms: Sequence[str] = (),
 ) -> None:
     """Writes the folder; `params` are laid out. Caches are as long as the text, whatever the model's windows.
@@ -81,10 +82,14 @@ def export(
         "vocab_size": cfg.vocab_size,
         "block_size": cfg.block_size,
         "chunk": engine.CHUNK,
+        "stop_tokens": list(stop_tokens),
         "platforms": list(prefilled.platforms),
         "jax": jax.__version__,
     }
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written ({error.strerror}); export to another folder") from None
     tokenizer.save(path)
     safetensors.flax.save_file(named, path / "params.safetensors")
     (path / "prefill.jax").write_bytes(prefilled.serialize())

@@ -22,7 +22,7 @@ from llm_jax.errors import InputError
 from llm_jax.text_model import TextModel
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 
 
 def load_exported(path: str | Path) -> "ExportedModel":
@@ -37,6 +37,8 @@ def load_exported(path: str | Path) -> "ExportedModel":
         numbers = [facts[name] for name in ("format", "vocab_size", "block_size", "chunk")]
         if not all(isinstance(number, int) and number > 0 for number in numbers):
             raise ValueError("its numbers are no numbers")
+        if facts["format"] == FORMAT and not all(isinstance(token, int) for token in facts["stop_tokens"]):
+            raise ValueError("its stop_tokens are no ids")
         platforms = [str(platform) for platform in facts["platforms"]]
     except OSError as error:
         raise InputError(
@@ -68,7 +70,12 @@ class ExportedModel(TextModel):
     """
 
     def __init__(self, engine: "ExportedEngine", tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-        super().__init__(tokenizer, vocab_size=facts["vocab_size"], block_size=facts["block_size"])
+        super().__init__(
+            tokenizer,
+            vocab_size=facts["vocab_size"],
+            block_size=facts["block_size"],
+            stop_tokens=facts["stop_tokens"],
+        )
         self._exported = engine
 
     def start(self, context: Any, *, top_logprobs: int = 0, **settings: Any) -> Any:

@@ -37,7 +37,8 @@ def load(
         step: of a run, the checkpoint: "best" (by val_loss) | "last" | a number.
         dtype: of parameters and computation, "float32" or "bfloat16"; None: as they are stored (float16 as float32).
         weights: "int8": `generate` multiplies by weights rounded to int8, each output's row with a scale of its own,
-            and rounds what it multiplies too; `logits` and `score` do as well. None: as they are.
+            and rounds what it multiplies too; `logits` and `score` do as well, and `params` are kept besides. None:
+            as they are.
         cache_dtype: of keys and values of earlier tokens, "float32", "bfloat16" or "int8"; None: `dtype`. Where
             prompts and new tokens of a list outgrow learned positions, nothing is kept, nor rounded so.
         rope_scaling, rope_factor: lets the model see that many times its block_size, by "linear", "ntk", "llama3" or
@@ -79,7 +80,7 @@ class LanguageModel(TextModel):
         self.params = params
         self.weights = weights
         self.cache_dtype = cache_dtype
-        self._laid_out: tuple[model.Params, model.Params] | None = None
+        self._laid_out: tuple[list[Array], model.Params] | None = None  # the parameters' leaves, and they laid out
 
     def logits(self, tokens: Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray) -> Float[Array, "B T V"]:
         """Scores of every next token, float32; column t predicts token t + 1."""
@@ -115,6 +116,7 @@ class LanguageModel(TextModel):
         path = Path(os.path.expanduser(path))
         if (path / "config.json").exists():
             raise InputError(f"{str(path)!r} holds a run already; save to another folder")
+        run_folder.make_folder(path)
         with checkpoint.open_checkpoints(path / "checkpoints") as manager:
             checkpoint.save(manager, 0, {"params": self.params}, val_loss=None)
         run_folder.write_run(path, self.config, self.tokenizer)
@@ -160,7 +162,8 @@ class LanguageModel(TextModel):
         if not self.config.model.use_rope:
             raise InputError("a model with learned positions can't be exported yet; its tokens move past block_size")
         path = os.path.expanduser(path)
-        export.export(path, self._program(0), self._decode_params(), self.tokenizer, platforms=platforms)
+        how = dict(stop_tokens=self._stop_tokens, platforms=platforms)
+        export.export(path, self._program(0), self._decode_params(), self.tokenizer, **how)
 
     def _engine(self, length: int, draft: Any, draft_tokens: int) -> engine.ModelEngine:
         self._check_draft(draft, draft_tokens, length)
@@ -201,9 +204,10 @@ class LanguageModel(TextModel):
             )
 
     def _decode_params(self) -> model.Params:
-        if self._laid_out is None or self._laid_out[0] is not self.params:
+        leaves = jax.tree.leaves(self.params)
+        if self._laid_out is None or any(new is not old for new, old in zip(leaves, self._laid_out[0], strict=True)):
             laid_out = decode_weights.lay_out(self.config.model, self.params, int8=self.weights == "int8")
-            self._laid_out = self.params, laid_out
+            self._laid_out = leaves, laid_out
         return self._laid_out[1]
 
     def _inference_params(self) -> model.Params:

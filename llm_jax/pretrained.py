@@ -38,14 +38,22 @@ def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokeniz
     Raises:
         InputError: there is no model, or one that is not known here.
     """
-    path = Path(os.path.expanduser(path))
+    given = os.path.expanduser(path)
+    path = Path(given)
     if path.is_file():
         with path.open("rb") as file:
             is_gguf = file.read(len(gguf.MAGIC)) == gguf.MAGIC
-        return _open_gguf(path, tokenizer) if is_gguf else _open_llama2c(path, tokenizer)
+        if is_gguf:
+            return _open_gguf(path, tokenizer)
+        if path.suffix == ".bin":
+            return _open_llama2c(path, tokenizer)
+        raise InputError(
+            f"{str(path)!r} holds no model; give the folder that training wrote, such as runs/small, a Hugging Face "
+            "folder, a GGUF file or llama2.c's .bin"
+        )
     if (path / "config.json").is_file() and "model_type" in hf.read_json(path / "config.json"):
         return _open_hf(path, tokenizer)
-    return _open_run(path, step, tokenizer)
+    return _open_run(given, step, tokenizer)
 
 
 def load_params(source: Source, dtype: str | None = None) -> tuple[Config, model.Params]:
@@ -79,9 +87,9 @@ def param_shapes(cfg: model.ModelConfig) -> dict[str, tuple[int, ...]]:
     return {"/".join(entry.key for entry in path): leaf.shape for path, leaf in leaves}
 
 
-def _open_run(workdir: Path, step: int | str, tokenizer: Tokenizer | None) -> Source:
+def _open_run(workdir: str, step: int | str, tokenizer: Tokenizer | None) -> Source:
     cfg, params, own = run_folder.load_run(workdir, step=step)
-    return Source(str(workdir), cfg, tokenizer or own, part_of(params), params)
+    return Source(workdir, cfg, tokenizer or own, part_of(params), params)
 
 
 def part_of(params: model.Params) -> Part:

@@ -128,13 +128,12 @@ def main() -> None:
 
 
 def _sample(language_model: Any, prompt: str, settings: dict[str, Any]) -> None:
-    start, streams = time.monotonic(), _NUM_SAMPLES.value == 1 and not _JSON.value
+    speed, streams = _Speed(), _NUM_SAMPLES.value == 1 and not _JSON.value
     rows, pieces = language_model.start(prompt, num_samples=_NUM_SAMPLES.value, **settings)
     if streams:
         print(prompt, end="", flush=True)
-    first = None
     for piece, *_ in pieces:
-        first = first or time.monotonic()
+        speed.note(rows)
         if streams:
             print(piece, end="", flush=True)
     if streams:
@@ -142,7 +141,7 @@ def _sample(language_model: Any, prompt: str, settings: dict[str, Any]) -> None:
     else:
         for row in rows:
             print(json.dumps(row.text) if _JSON.value else row.text, flush=True)
-    _tell_speed(rows, start, first)
+    speed.tell(rows)
 
 
 def _converse(language_model: Any, text: str, settings: dict[str, Any]) -> None:
@@ -151,7 +150,7 @@ def _converse(language_model: Any, text: str, settings: dict[str, Any]) -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        start, first = time.monotonic(), None
+        speed = _Speed()
         try:
             rows, pieces = language_model.start(text + line, **settings)
         except InputError as error:  # of this line alone
@@ -160,23 +159,34 @@ def _converse(language_model: Any, text: str, settings: dict[str, Any]) -> None:
         text += line
         try:
             for [piece] in pieces:
-                first = first or time.monotonic()
+                speed.note(rows)
                 text += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:  # enough of this one
             pass
         print(flush=True)
         text += "\n"
-        _tell_speed(rows, start, first)
+        speed.tell(rows)
 
 
-def _tell_speed(rows: list[Any], start: float, first: float | None) -> None:
-    count = sum(len(row.tokens) for row in rows)
-    if not count:
-        return
-    seconds = time.monotonic() - first
-    speed = f", then {(count - len(rows)) / seconds:,.1f} tokens/s" if count > len(rows) else ""
-    say(f"{count} tokens: the first after {first - start:.2f} s{speed}")
+class _Speed:
+    """Tells how fast text came: the first token, and those after the second call, which may have compiled."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._calls: list[tuple[float, int]] = []  # (seconds, tokens) after the first two
+
+    def note(self, rows: list[Any]) -> None:
+        if len(self._calls) < 2:
+            self._calls.append((time.monotonic(), sum(len(row.tokens) for row in rows)))
+
+    def tell(self, rows: list[Any]) -> None:
+        count = sum(len(row.tokens) for row in rows)
+        if not count:
+            return
+        seconds, counted = self._calls[-1]
+        speed = f", then {(count - counted) / (time.monotonic() - seconds):,.1f} tokens/s" if count > counted else ""
+        say(f"{count} tokens: the first after {self._calls[0][0] - self._start:.2f} s{speed}")
 
 
 def _read(path: str) -> str:

@@ -16,6 +16,15 @@ def whole_number(name: str, value: Any) -> int:
         raise InputError(f"{name} ({value!r}) must be a whole number") from None
 
 
+def number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str | bytes):  # which float takes
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} ({value!r}) must be a number") from None
+
+
 def check_sampling(
     *,
     max_new_tokens: int,
@@ -30,9 +39,10 @@ def check_sampling(
     prefix: str = "",
 ) -> None:
     """Raises InputError for a value outside its range; `prefix` goes before its name."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("min_new_tokens", min_new_tokens), ("top_k", top_k)):
-        if value is not None:
-            whole_number(prefix + name, value)
+    whole_number(f"{prefix}max_new_tokens", max_new_tokens)
+    whole_number(f"{prefix}min_new_tokens", min_new_tokens)
+    if top_k is not None:
+        whole_number(f"{prefix}top_k", top_k)
     for name, value in (
         ("temperature", temperature),
         ("top_p", 1.0 if top_p is None else top_p),
@@ -41,10 +51,7 @@ def check_sampling(
         ("presence_penalty", presence_penalty),
         ("frequency_penalty", frequency_penalty),
     ):
-        try:
-            float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"{prefix}{name} ({value!r}) must be a number") from None
+        number(prefix + name, value)
     if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise InputError(f"{prefix}max_new_tokens ({max_new_tokens}) must be at least 0 and at most {MAX_NEW_TOKENS}")
     if not 0 <= temperature <= LARGEST:

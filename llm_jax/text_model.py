@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from llm_jax import decoding, generate
 from llm_jax.config import MAX_SEED, SampleConfig
 from llm_jax.continuation import UNKNOWN, Continuation
 from llm_jax.errors import InputError
-from llm_jax.sampling_rules import check_sampling, whole_number
+from llm_jax.sampling_rules import check_sampling, number, whole_number
 from llm_jax.tokenizers import Tokenizer
 
 # Fields of generate.SamplingConfig that settings of `generate` become as they are.
@@ -76,9 +76,10 @@ class TextModel(abc.ABC):
     ) -> str | list[str] | np.ndarray:
         """The context with its continuation: a text for a text, a list for a list, int32 [B, T + new] for [B, T].
 
-        A prompt's text depends on the prompt and the seed alone, not on the rest of its list: exactly so in float32;
-        in bfloat16 two tokens that are nearly as likely can change places with the size of the list. Returned text
-        holds no special token; a token row is padded with the token that ended it.
+        A prompt's text depends on the prompt and the seed alone, not on the rest of its list: exactly so in float32.
+        In bfloat16, and with weights="int8", two tokens that are nearly as likely can change places with the size of
+        the list, and with a draft. Returned text holds no special token; a token row is padded with the token that
+        ended it.
 
         Args:
             temperature: 0 is greedy.
@@ -96,8 +97,10 @@ class TextModel(abc.ABC):
                 tail (with rope: all of it, through a window of block_size). "error": InputError.
             draft: what guesses `draft_tokens` tokens ahead, which are then read all at once (speculative decoding):
                 a smaller model of the same tokenizer, or "lookup": what followed where the text had the same end
-                before. It changes the time, not the text: a guess is kept where this model draws the same. Nothing is
-                guessed where a text outgrows learned positions.
+                before. It changes the time, not the text (see above): a guess is kept where this model draws the
+                same. It pays where reading the weights is most of a step and guesses are right; looking up costs more
+                than it gains in a text that does not repeat itself. Nothing is guessed where a text outgrows learned
+                positions.
 
         Raises:
             InputError: a value outside its range, a token outside the vocabulary, an empty prompt for a
@@ -159,6 +162,8 @@ class TextModel(abc.ABC):
         """
         if not isinstance(prompt, str):
             raise InputError(f"a stream continues one text, got {type(prompt).__name__}")
+        if given := settings.keys() & {"num_samples", "top_logprobs"}:
+            raise InputError(f"a stream has no {sorted(given)[0]}; generate_detailed does")
         rows, pieces = self.start(prompt, num_samples=1, top_logprobs=0, **settings)
         return (piece for [piece] in pieces if piece)
 
@@ -206,14 +211,14 @@ class TextModel(abc.ABC):
         whole_number("draft_tokens", draft_tokens)
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed ({seed}) must be at least 0 and at most {MAX_SEED}")
-        if isinstance(stop_strings, str):
+        if isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable):
             raise InputError(f"stop_strings ({stop_strings!r}) must be a list of texts")
         stop_strings = [*stop_strings]
         if not all(isinstance(stop, str) and stop for stop in stop_strings):
             raise InputError(f"stop_strings ({stop_strings!r}) must be texts of at least one character, in a list")
         if stop_tokens is None:
             stop_tokens = self._stop_tokens
-        if isinstance(stop_tokens, int):
+        if not isinstance(stop_tokens, Iterable):
             raise InputError(f"stop_tokens ({stop_tokens}) must be a list of ids")
         stop_tokens = [whole_number("stop_tokens", token) for token in stop_tokens]
         if not all(0 <= token < self._vocab_size for token in stop_tokens):
@@ -299,8 +304,11 @@ class TextModel(abc.ABC):
     def _dense_bias(self, logit_bias: Mapping[int, float], *, never: Sequence[int]) -> Float[np.ndarray, "V"]:
         """By token; `never` are those that may not be drawn anyway, and some other token must be left."""
         bias = np.zeros(self._vocab_size, np.float32)
+        if not isinstance(logit_bias, Mapping):
+            raise InputError(f"logit_bias ({logit_bias!r}) must be a dict of token -> number")
         for token, value in logit_bias.items():
             whole_number("logit_bias: token", token)
+            number(f"logit_bias of token {token}", value)
             if not 0 <= token < len(bias):
                 raise InputError(f"logit_bias: token {token} is not in the vocabulary (0 to {len(bias) - 1})")
             if not (value == -math.inf or abs(value) <= MAX_BIAS):

@@ -117,5 +117,5 @@ def test_what_cannot_be_is_one_line(lm, folder, tmp_path):
     facts = json.loads((folder / "export.json").read_text())
     shutil.rmtree(broken)
     shutil.copytree(folder, broken)
-    (broken / "export.json").write_text(json.dumps(facts | {"format": 2}))
-    assert "format 2" in error_of(llm_jax.load_exported, broken)
+    (broken / "export.json").write_text(json.dumps(facts | {"format": 3}))
+    assert "format 3" in error_of(llm_jax.load_exported, broken)

@@ -265,6 +265,7 @@ def test_a_stream_is_generate_in_pieces_and_the_first_needs_no_second_call(lm, m
 
 def test_a_wrong_stream_is_an_error_before_its_first_piece(lm):
     assert "temperature" in error_of(lm.stream, "the ", temperature=-1.0)
+    assert "num_samples" in error_of(lm.stream, "the ", num_samples=2)
     assert "one text" in error_of(lm.stream.__func__.__wrapped__, lm, ["the "])
 
 
@@ -470,11 +471,28 @@ def test_a_request_out_of_range_is_one_line_with_the_value(lm, request_, words):
         (dict(stop_tokens=5), "stop_tokens (5)"),
         (dict(logit_bias={1.5: 2.0}), "token (1.5)"),
         (dict(temperature=None), "temperature (None)"),
+        (dict(temperature="0.5"), "temperature ('0.5')"),
+        (dict(top_p="0.9"), "top_p ('0.9')"),
+        (dict(max_new_tokens=None), "max_new_tokens (None)"),
+        (dict(logit_bias={3: "a"}), "token 3 ('a')"),
+        (dict(logit_bias=[1.0]), "logit_bias ([1.0])"),
+        (dict(stop_strings=None), "stop_strings (None)"),
+        (dict(stop_tokens=np.int64(3)), "stop_tokens (3)"),
     ],
     ids=str,
 )
 def test_a_request_of_the_wrong_kind_is_one_line(lm, unchecked, request_, words):
     assert words in error_of(lm.generate, "the ", **request_)
+
+
+def test_parameters_that_are_replaced_in_place_count(lm):
+    changed = LanguageModel(lm.config, jax.tree.map(jnp.copy, lm.params), lm.tokenizer)
+    before = changed.generate_detailed("the ", max_new_tokens=3, temperature=0.0)[0]
+    changed.params["embed"]["tokens"] = changed.params["embed"]["tokens"][::-1]
+    after = changed.generate_detailed("the ", max_new_tokens=3, temperature=0.0)[0]
+    assert after.logprobs != before.logprobs
+    scores = changed.score(changed.tokenizer.encode("the ") + after.tokens)
+    np.testing.assert_allclose(scores[-3:], after.logprobs, atol=1e-4)
 
 
 def test_an_unknown_setting_is_named(lm):
