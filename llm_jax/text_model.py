@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llm_jax import decoding, generate
+from llm_jax import chat, decoding, generate
 from llm_jax.config import MAX_SEED, SampleConfig
 from llm_jax.continuation import UNKNOWN, Continuation
 from llm_jax.errors import InputError
@@ -35,6 +35,13 @@ class Sample(NamedTuple):
     logprobs: list[float]  # of each, by the unmodified model (temperature 1, no mask), in nats
     top_logprobs: list[dict[int, float]]  # of each, {likely token: its log-probability}
     stop_reason: str  # "length" | "stop_token" | "stop_string"
+
+
+class Encoded(NamedTuple):
+    """A whole text and its ids, where they are not what `TextModel.encode_prompt` makes of it."""
+
+    text: str
+    ids: list[int]
 
 
 class TextModel(abc.ABC):
@@ -167,6 +174,41 @@ class TextModel(abc.ABC):
         rows, pieces = self.start(prompt, num_samples=1, top_logprobs=0, **settings)
         return (piece for [piece] in pieces if piece)
 
+    def chat(self, messages: Sequence[Mapping[str, str]], **settings: Any) -> str:
+        """The answer to messages ({"role": "user", "content": "..."}, ...) by the model's chat template.
+
+        It is the continuation alone, without special tokens and with its blanks. The tokens that end it are
+        stop_tokens, as in `generate`; settings are those of `generate`.
+
+        Raises:
+            InputError: a model without a chat template; a wrong setting; else as `chat.render`.
+        """
+        return "".join(self.stream_chat(messages, **settings))
+
+    def stream_chat(self, messages: Sequence[Mapping[str, str]], **settings: Any) -> Iterator[str]:
+        """The answer of `chat`, in pieces as `stream` gives them."""
+        rows, pieces = self.start(self.encode_chat(messages), num_samples=1, top_logprobs=0, **settings)
+        return (piece for [piece] in pieces if piece)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Encoded:
+        """What `chat` continues, for `start`: the template's text up to where the answer begins.
+
+        Names of special tokens in it are special tokens, those in a message too: take them out of messages of unknown
+        origin. BOS is put first where the tokenizer says so and the template has not written it.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            raise InputError("this model has no chat template; use generate, which continues any text")
+        name = lambda token: None if token is None else tokenizer.backend.id_to_token(token)
+        text = chat.render(
+            tokenizer.chat_template,
+            messages,
+            bos_token=name(tokenizer.bos_id),
+            eos_token=name(tokenizer.eos_id),
+        )
+        ids = tokenizer.encode_special(text)
+        return Encoded(text, self._prompt_ids(ids, add_bos=tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]))
+
     def _generate(self, context: Any, **settings: Any) -> "list[Row]":
         rows, pieces = self.start(context, **settings)
         for _ in pieces:
@@ -252,7 +294,7 @@ class TextModel(abc.ABC):
             num_samples=num_samples,
             top_logprobs=top_logprobs,
         )
-        is_text = isinstance(context, str) or _is_texts(context)
+        is_text = isinstance(context, str | Encoded) or _is_texts(context)
         rows = [
             Row(prompt, text, Continuation(self.tokenizer, prompt, stop_strings, is_text=is_text))
             for text, prompt in zip(texts, prompts, strict=True)
@@ -272,6 +314,8 @@ class TextModel(abc.ABC):
         """The text and the ids of each prompt; of a row of ids the text is what it stands for."""
         if isinstance(context, str):
             return [context], [self.encode_prompt(context)]
+        if isinstance(context, Encoded):
+            return [context.text], [context.ids]
         if not _is_texts(context):
             prompts = self._checked_tokens(context).tolist()
             # A last character may go on in the continuation, which then has all of it.
@@ -286,9 +330,11 @@ class TextModel(abc.ABC):
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids that `generate` continues, BOS included where the tokenizer says so."""
-        tokenizer = self.tokenizer
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids = (begin if tokenizer.add_bos else []) + tokenizer.encode(text)
+        return self._prompt_ids(self.tokenizer.encode(text), add_bos=self.tokenizer.add_bos)
+
+    def _prompt_ids(self, ids: list[int], *, add_bos: bool) -> list[int]:
+        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids = (begin if add_bos else []) + ids
         if not ids and not begin:
             raise InputError(
                 "the prompt is empty and this tokenizer has no beginning-of-text token to start from; "

@@ -17,10 +17,12 @@ import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm_jax import sentencepiece
+from llm_jax.chat import read_template
 from llm_jax.errors import InputError
 from llm_jax.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
+CHAT_TEMPLATE = "chat_template.jinja"
 BYTE_SYMBOLS = 256
 
 # The order is a preference: the first that is an added token of the file is taken.
@@ -49,6 +51,7 @@ class Tokenizer:
     prompt to begin with BOS; `encode` never puts it there itself. With `split_special_tokens` the
     names of special tokens in a text are ordinary text, as they must be for text of unknown origin;
     without, they become the special ids, which is what foreign tokenizers do by default.
+    `chat_template`: what `chat.render` makes a text of messages by; None where the model is no chat model.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Tokenizer:
         add_bos: bool = False,
         split_special_tokens: bool = True,
         settings: dict | None = None,
+        chat_template: str | None = None,
     ):
         # Both are saved in some published files and would cut or fill the corpus without a word.
         backend.no_truncation()
@@ -70,6 +74,7 @@ class Tokenizer:
         self.eos_id = None if eos_token is None else backend.token_to_id(eos_token)
         self.add_bos = bool(add_bos) and self.bos_id is not None
         self.split_special_tokens = split_special_tokens
+        self.chat_template = chat_template
         self._settings = settings or {}
 
     @cached_property
@@ -90,6 +95,12 @@ class Tokenizer:
         if self._is_bytes:
             return [list(text.encode()) for text in texts]
         return [row.ids for row in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_special(self, text: str) -> list[int]:
+        """`encode`, with the names of special tokens as their ids, whatever `split_special_tokens` is."""
+        if not self.split_special_tokens:
+            return self.encode(text)
+        return self._of_special_tokens.encode(text)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids` without special tokens; bytes that are no UTF-8 show as U+FFFD."""
@@ -119,7 +130,10 @@ class Tokenizer:
         return lengths
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json, and tokenizer_config.json as transformers' AutoTokenizer reads it."""
+        """Writes tokenizer.json, and tokenizer_config.json as transformers' AutoTokenizer reads it.
+
+        A chat_template.jinja there is removed: the template is in tokenizer_config.json.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = self.backend.id_to_token
@@ -129,15 +143,24 @@ class Tokenizer:
             "eos_token": None if self.eos_id is None else name(self.eos_id),
             "add_bos_token": self.add_bos,
             "split_special_tokens": self.split_special_tokens,
+            "chat_template": self.chat_template,
         }
+        if self.chat_template is None:
+            del settings["chat_template"]
         write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
         write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)  # of a tokenizer that was here before; it would win
 
     def fingerprint(self) -> str:
         """sha256 of everything that decides which ids a text becomes; the same after save and load."""
         spec = {k: self._spec[k] for k in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
         spec["own"] = [self.bos_id, self.eos_id, self.add_bos, self.split_special_tokens]
         return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _of_special_tokens(self) -> "Tokenizer":
+        """A copy, since the switch is a state of the backend, which other threads encode with."""
+        return Tokenizer(hf.Tokenizer.from_str(self.backend.to_str()), split_special_tokens=False)
 
     @cached_property
     def _spec(self) -> dict:
@@ -232,7 +255,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Opens a tokenizer.json, SentencePiece's tokenizer.model, or the folder that holds one of them.
 
     bos, eos and add_bos come from tokenizer_config.json beside it, else from well-known names among
-    its added tokens and from what its own post-processor puts first.
+    its added tokens and from what its own post-processor puts first; the chat template from
+    chat_template.jinja beside it, else from tokenizer_config.json.
     """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -270,6 +294,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         add_bos=bool(add_bos),
         split_special_tokens=bool(settings.get("split_special_tokens", False)),
         settings=settings,
+        chat_template=_chat_template(file.parent, settings),
     )
 
 
@@ -291,6 +316,7 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
         **names,
         add_bos=bool(settings.get("add_bos_token", True)),
         split_special_tokens=bool(settings.get("split_special_tokens", False)),
+        chat_template=_chat_template(file.parent, settings),
         settings=settings,
     )
 
@@ -298,6 +324,23 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
 def _name(token: Any) -> str | None:
     """tokenizer_config.json has a token as its text, or as an object; an explicit null means that there is none."""
     return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(folder: Path, settings: dict) -> str | None:
+    if (file := folder / CHAT_TEMPLATE).exists():
+        return read_template(file)
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # one for each use
+        template = next(
+            (each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default"),
+            template,
+        )
+    if template is not None and not isinstance(template, str):
+        raise InputError(
+            f"chat_template of {folder / 'tokenizer_config.json'} ({type(template).__name__}) must be a text, or a "
+            'list of {"name", "template"} with one named "default"; repair or remove it'
+        )
+    return template
 
 
 def _read_json(file: Path, what: str, *, remedy: str) -> dict:

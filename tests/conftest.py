@@ -81,6 +81,14 @@ def key():
     return jax.random.key(0)
 
 
+@pytest.fixture
+def unchecked():
+    """Annotations, which only tests check, are not in the way of values of the wrong kind."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @contextlib.contextmanager
 def only_one_device():
     """`jax.devices()` is the first device alone: as most machines are, and faster than 8 fakes on 2 cores."""

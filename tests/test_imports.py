@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
-    {"files", "progress", "sampling_rules", "sentencepiece"},
+    {"files", "chat", "progress", "sampling_rules", "sentencepiece"},
     {"ops", "config", "tokenizers", "cache"},
     {"sharding", "cpu", "config_file", "documents", "continuation"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},

@@ -3,7 +3,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -12,7 +11,7 @@ from llm_jax import engine, model
 from llm_jax.config import freeze
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
-from llm_jax.tokenizers import byte_tokenizer, char_tokenizer, train_bpe
+from llm_jax.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +27,6 @@ def build(tokenizer, **values) -> LanguageModel:
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
     return LanguageModel(cfg, jax.tree.map(draw, model.param_shapes(cfg.model)), tokenizer)
-
-
-@pytest.fixture
-def unchecked():
-    """Annotations, which only tests check, are not in the way of values of the wrong kind."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +375,99 @@ def test_a_prompt_gets_bos_where_the_tokenizer_says_so(bpe):
     expected = tokenizer.decode(bpe.generate(tokens, max_new_tokens=12)[0])
     assert with_bos.generate("the ", max_new_tokens=12) == expected
     assert bpe.generate("the ", max_new_tokens=12) != expected
+
+
+# -- Chats
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HELLO = [{"role": "user", "content": "héllo {{ 1 + 1 }}"}]
+
+
+def chat_model(template: str | None = CHATML, **settings) -> LanguageModel:
+    """Bytes, then <s>, </s> (256, 257), <|im_start|>, <|im_end|>; untrained."""
+    backend = byte_tokenizer().backend
+    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    settings = dict(bos_token="<s>", eos_token="</s>") | settings
+    return build(Tokenizer(backend, chat_template=template, **settings), block_size=64)
+
+
+@pytest.fixture(scope="module")
+def chatter() -> LanguageModel:
+    return chat_model()
+
+
+def test_a_chat_is_continued_after_the_template_s_text(chatter):
+    start, end = 258, 259
+    expected = [start, *"user\nhéllo {{ 1 + 1 }}".encode(), end, *b"\n", start, *b"assistant\n"]
+    assert chatter.encode_chat(HELLO).ids == expected
+    settings = dict(max_new_tokens=20, seed=3, stop_tokens=())
+    [sample] = chatter.generate_detailed([expected], **settings)
+    answer = chatter.chat(HELLO, **settings)
+    assert answer == chatter.tokenizer.decode(sample.tokens) != ""
+    assert answer == "".join(chatter.stream_chat(HELLO, **settings))
+    assert chatter.chat(tuple(HELLO), **settings | {"seed": 4}) != answer
+    assert chatter.chat(HELLO, max_new_tokens=0) == ""
+
+
+def test_the_answer_keeps_its_blanks_and_ends_at_a_stop(chatter):
+    spaces = chatter.chat(HELLO, max_new_tokens=3, logit_bias={ord(" "): 1e9})
+    assert spaces == "   "
+    assert chatter.chat(HELLO, max_new_tokens=3, logit_bias={257: 1e9}) == ""  # </s>, without its name
+    assert chatter.chat(HELLO, max_new_tokens=3, logit_bias={ord("a"): 1e9}, stop_tokens=[ord("a")]) == "a"
+    assert chatter.chat(HELLO, max_new_tokens=5, logit_bias={ord("a"): 1e9}, stop_strings=["aaa"]) == ""
+
+
+def test_an_answer_begins_after_a_prompt_that_ends_in_the_replacement_character():
+    echo = chat_model("{{ messages[-1].content }}")
+    letters = dict(max_new_tokens=3, logit_bias={ord("a"): 1e9})
+    assert echo.chat([{"role": "user", "content": "x\ufffd"}], **letters) == "aaa"
+
+
+def test_a_chat_does_not_change_how_texts_are_tokenized(chatter):
+    assert chatter.tokenizer.split_special_tokens
+    chatter.encode_chat(HELLO)
+    assert chatter.tokenizer.encode("<|im_end|>") == list(b"<|im_end|>")
+    assert chatter.tokenizer.backend.encode_special_tokens
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    "add_bos, template, count",
+    [(True, "{{ bos_token }}x", 1), (True, "x", 1), (False, "{{ bos_token }}x", 1), (False, "x", 0)],
+)
+def test_bos_is_there_once(add_bos, template, count, split):
+    one = chat_model(template, add_bos=add_bos, split_special_tokens=split)
+    assert one.encode_chat(HELLO).ids == [256] * count + [ord("x")]
+
+
+def test_a_template_sees_the_special_tokens():
+    assert chat_model("{{ bos_token }}{{ eos_token }}").encode_chat(HELLO).text == "<s></s>"
+    none = chat_model("{{ bos_token is defined }}", bos_token=None)
+    assert none.encode_chat(HELLO).text == "False"
+
+
+def test_a_person_s_mistakes_in_a_chat(chatter, unchecked):
+    without = error_of(chat_model(None).chat, HELLO)
+    assert "no chat template" in without and "generate" in without
+    assert "message 0 has no 'content'" in error_of(chatter.chat, [{"role": "user"}])
+    assert "no way" in error_of(chat_model("{{ raise_exception('no way') }}").chat, HELLO)
+    assert "empty" in error_of(chat_model("", bos_token=None).chat, HELLO)
+    assert "temperature" in error_of(chatter.stream_chat, HELLO, temperature=-1.0)  # before the first piece
+    with pytest.raises(TypeError, match="did you mean 'seed'"):
+        chatter.chat(HELLO, sed=1)
+    padded = chat_model()
+    padded._vocab_size = 258  # of a tokenizer with more tokens than the model has embeddings
+    assert "<|im_start|>" in error_of(padded.chat, HELLO)
+
+
+def test_a_saved_model_keeps_its_template(chatter, tmp_path):
+    chatter.save(tmp_path)
+    loaded = llm_jax.load(tmp_path)
+    settings = dict(max_new_tokens=8, stop_tokens=())
+    assert loaded.chat(HELLO, **settings) == chatter.chat(HELLO, **settings)
 
 
 # -- Long prompts

@@ -55,7 +55,7 @@ def test_dependencies_are_the_fields_own_and_few(setup):
     names = {requirement.name for requirement in requirements(setup["options"]["install_requires"])}
     assert names == {
         *("jax", "flax", "optax", "orbax-checkpoint", "ml_collections", "grain", "tokenizers", "safetensors"),
-        *("jaxtyping", "numpy", "absl-py", "tqdm", "matplotlib"),
+        *("jinja2", "jaxtyping", "numpy", "absl-py", "tqdm", "matplotlib"),
     }
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import (
+    CHAT_TEMPLATE,
     END_OF_TEXT,
+    Tokenizer,
     _byte_alphabet,
     byte_tokenizer,
     char_tokenizer,
@@ -227,6 +229,59 @@ def test_add_bos_of_a_foreign_tokenizer(config, add_bos, tmp_path):
     assert tokenizer.encode("a") == list(b"a")  # not filled up to 3
     assert tokenizer.encode("a<s>") == [97, 256]
     assert tokenizer.token_bytes()[256] == 0
+
+
+@pytest.mark.parametrize(
+    "written, template",
+    [
+        (None, None),
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+    ],
+)
+def test_chat_template_of_a_foreign_tokenizer(written, template, tmp_path):
+    tokenizer = load_tokenizer(foreign(tmp_path, ["<s>"], {"chat_template": written}))
+    assert tokenizer.chat_template == template
+    (tmp_path / CHAT_TEMPLATE).write_text("é {{ wins }}\n", encoding="utf-8")
+    assert load_tokenizer(tmp_path).chat_template == "é {{ wins }}\n"
+    tokenizer.save(tmp_path)  # what was there before no longer counts
+    assert load_tokenizer(tmp_path).chat_template == template
+    assert ("chat_template" in json.loads((tmp_path / "tokenizer_config.json").read_text())) == bool(template)
+
+
+def test_a_chat_template_decides_no_ids():
+    backend = hf.Tokenizer.from_str(BPE.backend.to_str())
+    chatter = Tokenizer(backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, chat_template="x")
+    assert chatter.fingerprint() == BPE.fingerprint()
+
+
+@pytest.mark.parametrize("written", [3, {"default": "x"}, [], [{"name": "other", "template": "x"}], ["x"]])
+def test_a_chat_template_of_another_form_is_one_line(written, tmp_path):
+    file = foreign(tmp_path, ["<s>"], {"chat_template": written})
+    with pytest.raises(InputError, match="chat_template.*must be a text") as error:
+        load_tokenizer(file)
+    assert "tokenizer_config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_chat_template_file_that_is_no_text(tmp_path):
+    foreign(tmp_path, ["<s>"])
+    file = tmp_path / CHAT_TEMPLATE
+    for content, message in ((b"\xff", "is not UTF-8"), (b"x" * (2**20 + 1), "1048577 bytes")):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=message) as error:
+            load_tokenizer(tmp_path)
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InputError, match="can't be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_names_of_special_tokens_as_ids_when_asked_for():
+    assert BPE.encode_special(f"def {END_OF_TEXT}") == [*BPE.encode("def "), BPE.eos_id]
+    assert BPE.eos_id not in BPE.encode(END_OF_TEXT)
+    for tokenizer in (CHAR, BYTE):
+        assert tokenizer.encode_special("def") == tokenizer.encode("def")
 
 
 def test_token_bytes_of_a_sentencepiece_tokenizer(tmp_path):

@@ -126,7 +126,8 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "add_bos_token": tokenizer.add_bos,
     } | {name: i for name, i in ids.items() if i is not None}
     metadata |= of_kind(spec, tokens, merges, kinds)
-    return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+    template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
+    return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()} | template
 
 
 def _of_byte_level(
@@ -224,7 +225,8 @@ def _special(metadata: Mapping[str, Any], tokens: Sequence[str], *, adds_bos: bo
             raise InputError(f"tokenizer.ggml.{name}_token_id ({i}) is not among the {len(tokens)} tokens")
         named[f"{name}_token"] = None if i is None else tokens[i]
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
-    return named | {"add_bos": bool(add_bos)}
+    template = metadata.get("tokenizer.chat_template")
+    return named | {"add_bos": bool(add_bos), "chat_template": template if isinstance(template, str) else None}
 
 
 def _how(spec: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], bool]:
