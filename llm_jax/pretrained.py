@@ -1,7 +1,9 @@
 """A path that holds a model -> config, tokenizer and parameters."""
 
+import importlib.util
 import math
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,10 @@ from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
 class Source(NamedTuple):
     """A model on disk, or anywhere. `part` reads a part of one parameter when it is asked for."""
 
@@ -29,7 +35,7 @@ class Source(NamedTuple):
 
 
 def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokenizer | None = None) -> Source:
-    """A run's workdir, a Hugging Face folder, a GGUF file or llama2.c's model.bin.
+    """A run's workdir, a Hugging Face folder, a GGUF file or llama2.c's model.bin; or a name of the Hugging Face hub.
 
     Args:
         step: of a run, "best" (by val_loss) | "last" | a number.
@@ -40,6 +46,8 @@ def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokeniz
     """
     given = os.path.expanduser(path)
     path = Path(given)
+    if HUB_NAME.fullmatch(given) and not path.parent.exists():  # runs/small of a folder runs is a mistyped path
+        path = _download(given)
     if path.is_file():
         with path.open("rb") as file:
             is_gguf = file.read(len(gguf.MAGIC)) == gguf.MAGIC
@@ -54,6 +62,22 @@ def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokeniz
     if (path / "config.json").is_file() and "model_type" in hf.read_json(path / "config.json"):
         return _open_hf(path, tokenizer)
     return _open_run(given, step, tokenizer)
+
+
+def _download(name: str) -> Path:
+    """The folder of a model of the hub, in its library's cache."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise InputError(
+            f"{name!r} is not there; if it is a name of the Hugging Face hub, install its library: "
+            "pip install 'llm_jax[hub]'"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name!r} is no path, and can't be had from the Hugging Face hub ({reason})") from None
 
 
 def load_params(source: Source, dtype: str | None = None) -> tuple[Config, model.Params]:

@@ -267,7 +267,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     spec = _read_json(file, "tokenizer", remedy="give a tokenizer.json or a folder that holds one")
     try:
         backend = hf.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:  # the library raises no narrower class, and panics by one that is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(
             f"{file} is not a tokenizer.json of the tokenizers library ({_one_line(error)}); "
             "give one that tokenizers.Tokenizer.from_file opens"

@@ -92,6 +92,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     if fields.get("use_rope", True):
         fields |= _rope(family, given)
         fields |= _layers(family, given)
+        if SLIDING not in fields.get("layer_types", ()):
+            fields.pop("rope_local_theta", None)
     if "query_pre_attn_scalar" in family.defaults and family.lists_layer_types:
         fields["attn_scale"] = _attn_scale(given)
     if family.scales_embeddings:
@@ -121,14 +123,16 @@ def write_config(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
         raise InputError(f"model.family ({model.family!r}) must be one of {', '.join(FAMILY)}, or left out")
     for family in FAMILIES if model.family is None else [FAMILY[model.family]]:
         config = _config(family, model)
-        wrong = differences(model, read_config(config)[1])
+        try:
+            wrong = differences(model, read_config(config)[1])
+        except InputError:  # it can't even say this shape
+            continue
         if not wrong:
             return family, config
         if nearest is None or len(wrong) < nearest[0]:
             nearest = len(wrong), f"{', '.join(wrong)} has no counterpart in {family.model_type}"
-    raise InputError(
-        f"no published family has this model's shape: {nearest[1]}, the nearest; it can be saved as a run's folder"
-    )
+    reason = f": {nearest[1]}, the nearest" if nearest else ""
+    raise InputError(f"no published family has this model's shape{reason}; it can be saved as a run's folder")
 
 
 def _family(config: Mapping[str, Any]) -> Family:
