@@ -110,11 +110,6 @@ class _Refusal(Exception):
 class _Bounds(NodeTransformer):
     """Lets a program ask `_Sandbox.in_time` wherever it may come again, and join texts by `_Sandbox.joined`."""
 
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        if node.test is not None:  # the body never hears of items that the test turns down
-            node.test = nodes.And(_call("in_time", lineno=node.lineno), node.test, lineno=node.lineno)
-        return self._watched(node)
-
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         self.generic_visit(node)
         return _call("joined", node.nodes, lineno=node.lineno)
@@ -124,7 +119,7 @@ class _Bounds(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(_call("in_time", lineno=node.lineno), lineno=node.lineno))
         return node
 
-    visit_Macro = visit_CallBlock = visit_Block = _watched
+    visit_For = visit_Macro = visit_Block = _watched
 
 
 def _call(method: str, arguments: Sequence[nodes.Expr] = (), *, lineno: int) -> nodes.Call:
@@ -153,7 +148,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _of_small_numbers(_tojson)
         del self.filters["format"], self.globals["lipsum"]  # their results have any length
         self.globals |= {
-            "dict": lambda *args, **values: dict(*args, **values),  # of the class itself no template needs more
+            "dict": lambda *args, **values: dict(*args, **values),  # the class has methods that change messages
             "namespace": _SafeNamespace,
             "raise_exception": _raise_exception,
             "strftime_now": lambda format: datetime.now().strftime(format),

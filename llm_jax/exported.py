@@ -64,7 +64,7 @@ def require_flatbuffers() -> None:
 
 
 class ExportedModel(TextModel):
-    """An exported model with its tokenizer: `generate`, `generate_detailed` and `stream` of `LanguageModel`.
+    """An exported model with its tokenizer: `generate`, `generate_detailed`, `stream` and `chat` of `LanguageModel`.
 
     Neither top_logprobs nor a draft: its programs have no place for them.
     """

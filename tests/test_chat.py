@@ -157,6 +157,7 @@ def test_a_message_is_plain_text_to_the_template():
         "{{ ''|attr('format')(1) }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
+        "{{ dict.update(messages[0], role='x') }}",
         "{{ namespace(__class__=1) }}",
         "{% set ns = namespace() %}{% set ns.__call__ = 1 %}",
         "{% include '/etc/passwd' %}",
@@ -190,33 +191,43 @@ def test_a_reason_is_not_endless():
     assert len(error_of("{{ raise_exception('no' * 100000) }}")) < 600
 
 
+NUMBER, SIZE = "a number beyond", "makes a text of more than 1048576"
+
+
+def doubled(first: str, step: str) -> str:
+    """`ns.x`, which begins as `first`, set again and again to `x` after `step`."""
+    return f"{{% set ns = namespace(x={first}) %}}{{% for i in range(50) %}}{step}{{% set ns.x = x %}}{{% endfor %}}"
+
+
 @pytest.mark.parametrize(
-    "template",
+    "template, reason",
     [
-        "{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}",
-        "{{ 'x' * 10000000000 }}",
-        "{{ 10000000000 * [1] }}",
-        "{{ 9 ** 9 ** 9 }}",
-        "{{ 'x'.ljust(10000000000) }}",
-        "{{ 'x' | center(10000000000) }}",
-        "{{ 'x' | center(width=10000000000) }}",
-        "{{ messages | tojson(indent=10000000000) }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{{ '%10000000000d' | format(1) }}",
-        "{{ '{:10000000000}'.format(1) }}",
-        "{{ lipsum(n=100000) }}",
-        "{{ range(1000000) | list }}",
-        "{% set ns = namespace(x='x') %}{% for i in range(50) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='x') %}{% for i in range(50) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=7) %}{% for i in range(50) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='x') %}{% for i in range(50) %}{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}"
-        "{% set ns.x = x %}{% endfor %}",
+        ("{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}", SIZE),
+        ("{{ 'x' * 10000000000 }}", NUMBER),
+        ("{{ 10000000000 * [1] }}", NUMBER),
+        ("{{ ('x' * 1000000) * 1000000 }}", SIZE),
+        ("{{ 1000000 * ((1,) * 1000000) }}", SIZE),
+        ("{{ 9 ** 9 ** 9 }}", re.escape("'**' of int is not allowed")),
+        ("{{ 'x'.ljust(10000000000) }}", NUMBER),
+        ("{{ 'x'.ljust(width=10000000000) }}", NUMBER),
+        ("{{ 'x' | center(10000000000) }}", NUMBER),
+        ("{{ 'x' | center(width=10000000000) }}", NUMBER),
+        ("{{ messages | tojson(indent=10000000000) }}", NUMBER),
+        ("{{ '%10000000000d' % 1 }}", "'%' of str is not allowed"),
+        ("{{ '%10000000000d' | format(1) }}", "No filter named 'format'"),
+        ("{{ '{:10000000000}'.format(1) }}", "'format' is not allowed"),
+        ("{{ lipsum(n=100000) }}", "'lipsum' is undefined"),
+        ("{{ range(1000000) | list }}", "Range too big"),
+        (doubled("'x'", "{% set x = ns.x ~ ns.x %}"), SIZE),
+        (doubled("'x'", "{% set x = ns.x + ns.x %}"), SIZE),
+        (doubled("[1]", "{% set x = ns.x + ns.x %}"), SIZE),
+        (doubled("7", "{% set x = ns.x * ns.x %}"), NUMBER),
+        (doubled("'x'", "{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}"), SIZE),
     ],
 )
-def test_what_a_template_makes_is_bounded(template, monkeypatch):
+def test_what_a_template_makes_is_bounded(template, reason, monkeypatch):
     monkeypatch.setattr(chat, "MAX_LENGTH", 2**20)
-    assert "can't be rendered" in error_of(template)
+    assert re.search(reason, error_of(template))
 
 
 def test_a_rendering_up_to_the_limit(monkeypatch):
@@ -230,7 +241,6 @@ def test_a_rendering_up_to_the_limit(monkeypatch):
     "template",
     [
         "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-        "{% for i in range(100000) %}{% for j in range(100000) if false %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% set ns = namespace(n=0) %}{% block a %}{% if ns.n < 60 %}{% set ns.n = ns.n + 1 %}"
         "{{ self.a() }}{{ self.a() }}{% set ns.n = ns.n - 1 %}{% endif %}{% endblock %}",

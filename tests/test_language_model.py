@@ -460,7 +460,7 @@ def test_a_person_s_mistakes_in_a_chat(chatter, unchecked):
         chatter.chat(HELLO, sed=1)
     padded = chat_model()
     padded._vocab_size = 258  # of a tokenizer with more tokens than the model has embeddings
-    assert "<|im_start|>" in error_of(padded.chat, HELLO)
+    assert "<|im_end|>" in error_of(padded.chat, HELLO)
 
 
 def test_a_saved_model_keeps_its_template(chatter, tmp_path):
