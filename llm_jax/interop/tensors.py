@@ -56,14 +56,17 @@ class Tensor(NamedTuple):
     def shape(self) -> Shape:
         return LAYOUTS[self.row.layout].shape(self.row.ours, self.shapes)
 
+    def check(self, shape: Shape) -> None:
+        if shape != self.shape:
+            raise InputError(f"tensor {self.name} has shape {list(shape)}, its config makes {list(self.shape)}")
+
     def split(self, array: np.ndarray) -> list[np.ndarray]:
         """The parameters in it, as views where they lie as ours do.
 
         Raises:
             InputError: another shape than these parameters make.
         """
-        if array.shape != self.shape:
-            raise InputError(f"tensor {self.name} has shape {list(array.shape)}, its config makes {list(self.shape)}")
+        self.check(array.shape)
         return LAYOUTS[self.row.layout].split(array, self.row.ours, self.shapes)
 
     def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
@@ -94,6 +97,17 @@ def tensors(rows: Sequence[Row], shapes: Shapes) -> Iterator[list[Tensor]]:
             for layer in layers
             for expert in experts
         ]
+
+
+def check_shapes(groups: Iterable[list[Tensor]], shape: Callable[[str], Shape]) -> None:
+    """Before anything is allocated; `shape` is that in the file of a tensor by its name.
+
+    Raises:
+        InputError: a tensor of another shape than its config makes.
+    """
+    for group in groups:
+        for tensor in group:
+            tensor.check(shape(tensor.name))
 
 
 def parts(groups: Iterable[list[Tensor]], read: Callable[[str], np.ndarray]) -> Part:
