@@ -2,8 +2,9 @@
 
     python -m llm_jax.main --config=configs/finetune.py --config.train.init_from=MODEL --config.data.path=my.txt
 
-MODEL is anything that llm_jax.load opens: a run, a Hugging Face folder, a GGUF file, llama2.c's model.bin. The run has
-its shape, so nothing of `model` is set here. The rate is a tenth of what training from nothing takes; it is not tuned.
+MODEL is anything that llm_jax.load opens: a run, a Hugging Face folder, a GGUF file, llama2.c's model.bin. The run
+has its shape, so nothing of `model` is set here. The rate is a tenth of what training from nothing takes; it is not
+tuned.
 """
 
 from llm_jax.config import default
