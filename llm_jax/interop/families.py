@@ -298,6 +298,7 @@ FAMILIES: tuple[Family, ...] = (
             "tie_word_embeddings": True,
             "use_sliding_window": False,
             "sliding_window": None,
+            "max_window_layers": None,  # of Qwen, and without a part in it
             "no_rope_layers": None,
             "no_rope_layer_interval": 4,
         },
@@ -446,8 +447,7 @@ FAMILIES: tuple[Family, ...] = (
         "OlmoeForCausalLM",
         (*EXPERT_ROWS, *_qk_norm_rows("width_norm")),
         SHAPE | {"num_experts": ("n_expert",)} | EXPERTS | ATTENTION_BIAS,
-        LLAMA_DEFAULTS
-        | {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+        LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
         {"qk_norm": True, "qk_norm_axes": "width"},
         {"clip_qkv": (None,)},
         aliases={"num_local_experts": "num_experts"},

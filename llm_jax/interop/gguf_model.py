@@ -232,6 +232,8 @@ def read_model(
     arch = ARCHITECTURES[name]
     try:
         return arch, _read(arch, metadata, shapes, read)
+    except InputError:
+        raise
     except WRONG_KIND as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise InputError(f"its metadata has a value of a wrong kind ({reason})") from None
@@ -441,9 +443,7 @@ def _listed(model: ModelConfig, factors: Mapping[str, np.ndarray]) -> ModelConfi
     return dataclasses.replace(model, **_as_longrope(listed, model.block_size))
 
 
-def _llama3_factors(
-    channels: int, theta: float, factor: float, low: float, high: float, length: int
-) -> np.ndarray:
+def _llama3_factors(channels: int, theta: float, factor: float, low: float, high: float, length: int) -> np.ndarray:
     """What llama3 scaling divides each frequency by; see ops.rope_frequencies."""
     turns = length * theta ** (-np.arange(0, channels, 2) / channels) / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)

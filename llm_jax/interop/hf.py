@@ -120,9 +120,11 @@ def write_safetensors(
     sizes: bytes of each tensor, in the order in which they come.
     """
     shards = list(_shards(sizes, max_shard_bytes))
-    file_names = [SINGLE] if len(shards) == 1 else [
-        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
-    ]
+    file_names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     tensors = iter(tensors)
     for file_name, names in zip(file_names, shards, strict=True):
         held = dict(next(tensors) for _ in names)

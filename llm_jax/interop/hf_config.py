@@ -73,6 +73,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     family = _family(config)
     try:
         return family, _read(family, config)
+    except InputError:
+        raise
     except WRONG_KIND as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise InputError(f"config.json has a value of a wrong kind ({reason})") from None
