@@ -118,7 +118,7 @@ def test_pickled_weights_are_not_opened(copy):
         ({"hidden_size": 10**12}, ["shape"]),
         ({"num_hidden_layers": -1}, ["layers (-1)"]),
         ({"num_hidden_layers": 10**9}, ["layers (1000000000)"]),
-        ({"num_attention_heads": 0}, ["wrong kind"]),
+        ({"num_attention_heads": 0}, ["n_head (0)"]),
         ({"max_position_embeddings": None}, ["block_size"]),
         ({"dtype": "int8"}, ["dtype ('int8')"]),
         ({"rms_norm_eps": 0.0}, ["norm_eps (0.0)"]),
