@@ -6,6 +6,7 @@ import struct
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import CHANGES, mutate
 
 from llm_jax import sentencepiece
 from llm_jax.errors import InputError
@@ -162,28 +163,6 @@ def test_a_vocabulary_that_would_take_forever_is_refused():
     pieces = [chr(0x4E00 + i) * 4000 for i in range(100)]
     with pytest.raises(InputError, match="too long"):
         sentencepiece.build(sentencepiece.Vocabulary(pieces, [0.0] * 100, [1] * 100))
-
-
-def mutate(data, changes):
-    data = bytearray(data)
-    for kind, at, value in changes:
-        at %= len(data) + 1
-        if kind == "set" and at < len(data):
-            data[at] = value
-        elif kind == "cut":
-            del data[at:]
-        elif kind == "insert":
-            data[at:at] = bytes([value])
-        elif kind == "drop":
-            del data[at : at + value % 8]
-    return bytes(data)
-
-
-CHANGES = st.lists(
-    st.tuples(st.sampled_from(["set", "set", "insert", "drop", "cut"]), st.integers(0, 500), st.integers(0, 255)),
-    min_size=1,
-    max_size=6,
-)
 
 
 def opens_or_refuses(folder, data):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from mutations import CHANGES, mutate
 
 import llm_jax
 from llm_jax.config import freeze
@@ -130,28 +130,6 @@ def test_what_a_config_says_that_is_not_known_is_named(copy, values, words):
     (copy / "config.json").write_text(json.dumps(config))
     message = error_of(copy)
     assert all(word in message for word in words), message
-
-
-def mutate(data, changes):
-    data = bytearray(data)
-    for kind, at, value in changes:
-        at = at * len(data) // 10_000
-        if kind == "set" and at < len(data):
-            data[at] = value
-        elif kind == "cut":
-            del data[at:]
-        elif kind == "insert":
-            data[at:at] = bytes([value])
-        elif kind == "drop":
-            del data[at : at + value % 16]
-    return bytes(data)
-
-
-CHANGES = st.lists(
-    st.tuples(st.sampled_from(["set", "set", "insert", "drop", "cut"]), st.integers(0, 9_999), st.integers(0, 255)),
-    min_size=1,
-    max_size=4,
-)
 
 
 def opens_or_refuses(folder, copy, name, changes):
