@@ -15,7 +15,7 @@ from llm_jax import checkpoint, decode_weights, decoding, engine, export, model,
 from llm_jax.config import CACHE_DTYPES, WEIGHTS, Config, ModelConfig, stretched
 from llm_jax.errors import InputError
 from llm_jax.text_model import TextModel
-from llm_jax.tokenizers import Tokenizer
+from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
 MAX_DRAFT_TOKENS = 64
 
@@ -29,7 +29,7 @@ def load(
     cache_dtype: str | None = None,
     rope_scaling: str | None = None,
     rope_factor: float | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
 ) -> "LanguageModel":
     """Opens the model at `path`: the workdir of a run, a Hugging Face folder, or llama2.c's model.bin.
 
@@ -37,13 +37,13 @@ def load(
         step: of a run, the checkpoint: "best" (by val_loss) | "last" | a number.
         dtype: of parameters and computation, "float32" or "bfloat16"; None: as they are stored (float16 as float32).
         weights: "int8": `generate` multiplies by weights rounded to int8, each output's row with a scale of its own,
-            and rounds what it multiplies too; `logits` and `score` do as well, and `params` are kept besides. None:
-            as they are.
+            and rounds what it multiplies too; `logits` and `score` do as well, `params` are kept besides, and the
+            experts of a mixture stay as they are. None: all do.
         cache_dtype: of keys and values of earlier tokens, "float32", "bfloat16" or "int8"; None: `dtype`. Where
             prompts and new tokens of a list outgrow learned positions, nothing is kept, nor rounded so.
         rope_scaling, rope_factor: lets the model see that many times its block_size, by "linear", "ntk", "llama3" or
             "yarn".
-        tokenizer: in the place of the model's own.
+        tokenizer: in the place of the model's own; or the path of a tokenizer.json, a tokenizer.model or their folder.
 
     Raises:
         InputError: there is no model or no such checkpoint, it is of a family that is not known here, or its files
@@ -52,6 +52,8 @@ def load(
     for name, value, choices in (("weights", weights, WEIGHTS), ("cache_dtype", cache_dtype, CACHE_DTYPES)):
         if value is not None and value not in choices:
             raise InputError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(os.path.expanduser(tokenizer))
     source = pretrained.open_model(path, step=step, tokenizer=tokenizer)
     config, params = pretrained.load_params(source, dtype)
     config = stretched(config, rope_scaling=rope_scaling, rope_factor=rope_factor)

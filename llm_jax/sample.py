@@ -19,7 +19,10 @@ from llm_jax.errors import InputError
 from llm_jax.progress import say
 from llm_jax.sampling_rules import check_sampling
 
-_WORKDIR = absl_flags.DEFINE_string("workdir", None, "Folder of a run.")
+_WORKDIR = absl_flags.DEFINE_string(
+    "workdir", None, "Folder of a run, or any other model: a Hugging Face folder, a GGUF file, llama2.c's .bin."
+)
+_TOKENIZER = absl_flags.DEFINE_string("tokenizer", None, "Path of one to take in the place of the model's own.")
 _STEP = absl_flags.DEFINE_string("step", "best", "Checkpoint: best (by val_loss), last, or a number.")
 _DTYPE = absl_flags.DEFINE_enum("dtype", None, DTYPES, "Of parameters and computation. Default: as trained.")
 _WEIGHTS = absl_flags.DEFINE_enum("weights", None, WEIGHTS, "Rounded to this. Default: as they are.")
@@ -115,6 +118,7 @@ def main() -> None:
         cache_dtype=_CACHE_DTYPE.value,
         rope_scaling=_ROPE_SCALING.value,
         rope_factor=_ROPE_FACTOR.value,
+        tokenizer=_TOKENIZER.value,
     )
     if _DRAFT.value is not None:
         settings["draft"] = "lookup" if _DRAFT.value == "lookup" else load(_DRAFT.value)

@@ -86,13 +86,14 @@ def test_llama2c_files_that_are_wrong_are_one_line(tmp_path):
         (data + b"\0", f"has {len(data) + 1} bytes"),
         (data[:4] + b"\xff\xff\xff\x7f" + data[8:], "header"),
         (bytes(4) + data[4:], "header"),
-        (b"\x42\x34\x6b\x61" + data[4:], "first format"),
+        (llama2c.MAGIC.to_bytes(4, "little") + data[4:], "first format"),
     ]:
         (tmp_path / "model.bin").write_bytes(content)
         with pytest.raises(llm_jax.InputError) as error:
             llm_jax.load(tmp_path / "model.bin", tokenizer=llama2c.load_tokenizer(FOLDER / "tok512.bin"))
         assert words in str(error.value) and "\n" not in str(error.value)
     (tmp_path / "model.bin").write_bytes(data)
+    assert llm_jax.load(tmp_path / "model.bin", tokenizer=FOLDER / "hf").tokenizer.bos_id == 1
     with pytest.raises(llm_jax.InputError, match="tokenizer"):
         llm_jax.load(tmp_path / "model.bin")
     tok = (FOLDER / "tok512.bin").read_bytes()
