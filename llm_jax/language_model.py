@@ -43,7 +43,7 @@ def load(
             prompts and new tokens of a list outgrow learned positions, nothing is kept, nor rounded so.
         rope_scaling, rope_factor: lets the model see that many times its block_size, by "linear", "ntk", "llama3" or
             "yarn".
-        tokenizer: in the place of the model's own; or the path of a tokenizer.json, a tokenizer.model or their folder.
+        tokenizer: in the place of the model's own; or the path of a tokenizer.json, tokenizer.model or their folder.
 
     Raises:
         InputError: there is no model or no such checkpoint, it is of a family that is not known here, or its files
