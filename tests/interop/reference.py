@@ -130,6 +130,14 @@ MODELS |= {
     ),
 }
 CASES = [pytest.param(name, i, id=f"{name}-{i}") for name, (_, *shapes) in MODELS.items() for i in range(len(shapes))]
+# The same with one shape of each in the first pass and the other in the slow one.
+FIRST_FAST, SECOND_FAST = (
+    [
+        case if case.values[1] == fast else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for case in CASES
+    ]
+    for fast in (0, 1)
+)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 80))
 
 _folders = tempfile.TemporaryDirectory(prefix="llm_jax_reference_")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from reference import CASES, TOKENS, VOCAB, logits_of, make, torch, transformers
+from reference import CASES, FIRST_FAST, SECOND_FAST, TOKENS, VOCAB, logits_of, make, torch, transformers
 
 import llm_jax
 
@@ -31,7 +31,7 @@ def greedy(reference, prompts):
     return out.sequences[:, longest:].numpy(), torch.stack(out.logits, 1)[..., :256]
 
 
-@pytest.mark.parametrize("name, i", CASES)
+@pytest.mark.parametrize("name, i", FIRST_FAST)
 def test_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(name, i):
     """As text of several lengths here, padded on the left there; up to where two tokens are nearly as likely."""
     reference, lm = make(name, i)
@@ -65,7 +65,7 @@ def test_longrope_turns_texts_within_the_original_length_by_the_short_factors():
     assert np.abs(lm.logits(long)[:, :24] - lm.logits(short)).max() > 0.01
 
 
-@pytest.mark.parametrize("name, i", CASES)
+@pytest.mark.parametrize("name, i", SECOND_FAST)
 def test_exported_weights_are_bitwise_the_same_and_transformers_opens_them(name, i, tmp_path):
     reference, lm = make(name, i)
     lm.save_pretrained(tmp_path / "out", **({"max_shard_bytes": 40_000} if i else {}))
