@@ -4,7 +4,7 @@ import io
 import struct
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mutations import CHANGES, mutate
 
@@ -27,6 +27,7 @@ TEXTS = [
     "你好，世界！",
     "emoji 🎉👩‍🚀 and é",
     "<turn>Lily<turn>  says",
+    "a.<turn><turn> \n\n a<turn>birds.",
     "a line\nbreak\n\n  and an indent",
     "aaaaaaaaa bbbbbbbb",
     "ﬁne ½ ａｂｃ Å",
@@ -46,6 +47,16 @@ KINDS = {
         normalization="identity",
         add_dummy_prefix=False,  # as Gemma's
         user_defined_symbols=["<turn>", "    ", "▁▁▁"],
+    ),
+    "symbols behind a space": dict(
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization="identity",
+        user_defined_symbols=["<turn>", "▁▁▁", "\n", "a."],
+    ),
+    "symbols of unigram": dict(
+        model_type="unigram", byte_fallback=True, normalization="nmt_nfkc", user_defined_symbols=["<turn>", "bir"]
     ),
 }
 
@@ -91,6 +102,8 @@ def test_ids_and_text_are_those_of_sentencepiece(pair, text):
 @given(text=st.text(alphabet=st.sampled_from(sorted({*"".join(CORPUS), *" \n🎉"})), max_size=60))
 def test_ids_of_any_text_are_those_of_sentencepiece(pair, text):
     processor, tokenizer = pair
+    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    assume(text not in added)  # alone it gets no space before it, as `build` says
     assert tokenizer.encode(text) == processor.encode(text)
 
 
@@ -131,6 +144,62 @@ VALID = b"".join(
     [piece("<unk>", 0.0, 2), piece("<s>", 0.0, 3), piece("</s>", 0.0, 3)]
     + [piece(text, -i) for i, text in enumerate(["▁a", "ab", "▁", "a", "b"])]
 ) + field(2, field(3, 2))
+
+
+def hand_made(*rows):
+    """A BPE model of characters and rows of (text, score, kind) behind the special pieces."""
+    special = piece("<unk>", 0.0, 2) + piece("<s>", 0.0, 3) + piece("</s>", 0.0, 3)
+    characters = b"".join(piece(character, -1000.0 - i) for i, character in enumerate("▁ab"))
+    model = special + characters + b"".join(piece(*row) for row in rows) + field(2, field(3, 2))
+    return model + field(3, field(1, b"identity") + field(4, 0))
+
+
+@pytest.mark.parametrize("lengths", [[2, 3, 4], [*range(2, 17)], [*range(2, 15), 16]], ids=str)
+def test_runs_of_one_score_grow_from_the_left(reference, tmp_path, lengths):
+    """As those of spaces in Llama's and Mistral's files, which have none of 15."""
+    model = hand_made(("▁a", -1.0), ("ab", -2.0), *(("▁" * length, -1e9) for length in lengths))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer, processor = load_tokenizer(tmp_path), reference.SentencePieceProcessor(model_proto=model)
+    for length in range(100):
+        for text in ("b" + " " * length + "b", " " * length + "ab"):
+            assert tokenizer.encode(text) == processor.encode(text)
+
+
+@given(text=st.text("ab", max_size=12))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_of_several_ways_to_make_a_piece_the_first_in_the_text_is_taken(reference, tmp_path, text):
+    model = hand_made(("ab", -1.0), ("ba", -2.0), ("aba", -3.0), ("bab", -4.0), ("abab", -5.0), ("aab", -6.0))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    assert load_tokenizer(tmp_path).encode(text) == reference.SentencePieceProcessor(model_proto=model).encode(text)
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([("ab", -1.0), ("ba", -1.0)], "have one score"),
+        ([("▁▁", -1.0), ("▁▁a", -2.0), ("▁▁▁", -1.0)], "have one score"),
+        ([("▁" * length, -1.0) for length in (2, 3, 5)], "no list of merges joins them so"),
+        ([("ab", -1.0, 5)], "unused"),
+        ([("xa", -1.0)], "'x', which others are merged from, is missing"),
+        ([("ab", float("nan"))], "finite"),
+    ],
+    ids=str,
+)
+def test_what_no_list_of_merges_can_say_is_refused(tmp_path, rows, words):
+    (tmp_path / "tokenizer.model").write_bytes(hand_made(*rows))
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_a_character_that_is_a_byte_alone_is_merged(reference, tmp_path):
+    """As Gemma's tabulator."""
+    pieces = [piece(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    model = hand_made(("\t\t", -1.0), ("\ta", -2.0)) + b"".join(pieces) + field(2, bytes([0x98, 2, 1]))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer, processor = load_tokenizer(tmp_path), reference.SentencePieceProcessor(model_proto=model)
+    for text in ("\t", "\t\t\t", "b\ta\t", "\té"):
+        assert tokenizer.encode(text) == processor.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_hand_made_file_is_read(tmp_path):
