@@ -4,9 +4,11 @@ Every kind is a Hugging Face `tokenizers` object underneath, so what a run saves
 tokenizer.json that any tool opens.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers as hf
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from llm_jax import sentencepiece
 from llm_jax.chat import read_template
@@ -24,6 +26,7 @@ from llm_jax.files import write_whole
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = "chat_template.jinja"
 BYTE_SYMBOLS = 256
+LETTER = sentencepiece.BYTE_PIECES[ord("A")]
 
 # The order is a preference: the first that is an added token of the file is taken.
 BOS_NAMES = ("<|begin_of_text|>", "<bos>", "<s>", "<|startoftext|>", END_OF_TEXT)
@@ -73,6 +76,10 @@ class Tokenizer:
         self.bos_id = None if bos_token is None else backend.token_to_id(bos_token)
         self.eos_id = None if eos_token is None else backend.token_to_id(eos_token)
         self.add_bos = bool(add_bos) and self.bos_id is not None
+        if self.add_bos and backend.post_processor is None and not (":" in bos_token or bos_token.startswith("$")):
+            # For other programs, which open the saved file; the library can't spell those two kinds of names.
+            special = [(bos_token, self.bos_id)]
+            backend.post_processor = processors.TemplateProcessing([bos_token, "$A"], special_tokens=special)
         self.split_special_tokens = split_special_tokens
         self.chat_template = chat_template
         self._settings = settings or {}
@@ -94,7 +101,8 @@ class Tokenizer:
             _check_encodable(text)
         if self._is_bytes:
             return [list(text.encode()) for text in texts]
-        return [row.ids for row in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _failures_of_the_library("can't encode this text by this tokenizer; use another one"):
+            return [row.ids for row in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_special(self, text: str) -> list[int]:
         """`encode`, with the names of special tokens as their ids, whatever `split_special_tokens` is."""
@@ -104,7 +112,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids` without special tokens; bytes that are no UTF-8 show as U+FFFD."""
-        return self.backend.decode([index(i) for i in ids], skip_special_tokens=True)
+        ids = [index(i) for i in ids]
+        with _failures_of_the_library("can't decode these ids by this tokenizer; use another one"):
+            return self._decode_around_bytes(ids) if self._byte_tokens else self._decode(ids)
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes each token stands for, 0 for special tokens and unused ids.
@@ -165,6 +175,40 @@ class Tokenizer:
     @cached_property
     def _spec(self) -> dict:
         return json.loads(self.backend.to_str())
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _byte_tokens(self) -> dict[int, bytes]:
+        """The byte of each token that stands for one, where the decoder takes such tokens for bytes."""
+        if "ByteFallback" not in json.dumps(self._spec["decoder"]) or self.backend.token_to_id(LETTER) is None:
+            return {}
+        ids = {self.backend.token_to_id(piece): bytes([i]) for i, piece in enumerate(sentencepiece.BYTE_PIECES)}
+        ids.pop(None, None)
+        return ids
+
+    def _decode_around_bytes(self, ids: Sequence[int]) -> str:
+        """The library spoils all of a row of byte tokens for a part that is no UTF-8: such rows are decoded here.
+
+        Else a text that is streamed would lose whole characters to the next one's first byte.
+        """
+        ids = [i for i in ids if i not in self._special_ids]
+        text, head, rest = "", [], []
+        for is_byte, row in itertools.groupby(ids, self._byte_tokens.__contains__):
+            row = list(row)
+            raw = b"".join(map(self._byte_tokens.get, row)) if is_byte else b""
+            if _is_utf8(raw):
+                rest += row
+                continue
+            text += self._decode(head + rest)[len(head) :] + raw.decode(errors="replace")
+            # A letter goes before what follows, lest a space be cut off it as at the start of a text.
+            head, rest = [self.backend.token_to_id(LETTER)], []
+        return text + self._decode(head + rest)[len(head) :]
 
     # The library takes 10 times longer than a dict for these two; a test holds them equal.
 
@@ -267,28 +311,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     spec = _read_json(file, "tokenizer", remedy="give a tokenizer.json or a folder that holds one")
     try:
         backend = hf.Tokenizer.from_str(json.dumps(spec))
-    except BaseException as error:  # the library raises no narrower class, and panics by one that is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not _is_the_library_s(error):
             raise
         raise InputError(
             f"{file} is not a tokenizer.json of the tokenizers library ({_one_line(error)}); "
             "give one that tokenizers.Tokenizer.from_file opens"
         ) from None
-    settings_file = file.parent / "tokenizer_config.json"
-    settings = {}
-    if settings_file.exists():
-        settings = _read_json(settings_file, "tokenizer", remedy="repair or remove it")
+    _check_ids(backend, file)
+    settings = _settings_beside(file)
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
 
     def special(key: str, names: Sequence[str]) -> str | None:
         if key in settings:
-            return _name(settings[key])
+            return settings[key]
         return next((name for name in names if name in added), None)
 
     bos_token = special("bos_token", BOS_NAMES)
     add_bos = settings.get("add_bos_token")
     if add_bos is None and bos_token is not None:
-        add_bos = backend.encode("", add_special_tokens=True).ids[:1] == [backend.token_to_id(bos_token)]
+        backend.no_padding()  # up to a length that the file says
+        with _failures_of_the_library(f"can't encode by {file}; repair it"):
+            first = backend.encode("", add_special_tokens=True).ids[:1]
+        add_bos = first == [backend.token_to_id(bos_token)]
     return Tokenizer(
         backend,
         bos_token=bos_token,
@@ -303,14 +348,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _load_sentencepiece(file: Path) -> Tokenizer:
     """BOS comes first unless tokenizer_config.json says otherwise: the models of such files were trained so."""
     vocabulary = sentencepiece.read_model(file)
-    settings_file = file.with_name("tokenizer_config.json")
-    settings = {}
-    if settings_file.exists():
-        settings = _read_json(settings_file, "tokenizer", remedy="repair or remove it")
+    settings = _settings_beside(file)
     names = {"bos_token": vocabulary.name(vocabulary.bos_id), "eos_token": vocabulary.name(vocabulary.eos_id)}
-    names |= {key: _name(settings[key]) for key in names if key in settings}
+    names |= {key: settings[key] for key in names if key in settings}
+    legacy = settings.get("legacy")
+    if legacy is None:  # what transformers takes it for
+        legacy = settings.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast")
     try:
-        backend = sentencepiece.build(vocabulary)
+        with _failures_of_the_library("can't make a tokenizer of it"):
+            backend = sentencepiece.build(vocabulary, prefix_everywhere=bool(legacy))
+        _add_tokens(backend, settings, file.parent)
+        special = [name for name in names.values() if name and backend.token_to_id(name) is not None]
+        backend.add_special_tokens([hf.AddedToken(name, special=True, normalized=False) for name in special])
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     return Tokenizer(
@@ -319,13 +368,68 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
         add_bos=bool(settings.get("add_bos_token", True)),
         split_special_tokens=bool(settings.get("split_special_tokens", False)),
         chat_template=_chat_template(file.parent, settings),
-        settings=settings,
+        # A tokenizer.json is saved, which transformers would not take as it is if told of these.
+        settings={key: value for key, value in settings.items() if key not in ("tokenizer_class", "legacy")},
     )
 
 
-def _name(token: Any) -> str | None:
-    """tokenizer_config.json has a token as its text, or as an object; an explicit null means that there is none."""
-    return token["content"] if isinstance(token, dict) else token
+def _add_tokens(backend: hf.Tokenizer, settings: dict[str, Any], folder: Path) -> None:
+    """Adds what a folder has beyond a tokenizer.model's pieces, by the ids that it gives.
+
+    added_tokens.json has the ids of texts; `added_tokens_decoder` of tokenizer_config.json more, and comes first.
+    """
+    file = folder / "added_tokens.json"
+    beside = _read_json(file, "tokenizer", remedy="repair or remove it") if file.exists() else {}
+    listed = settings.get("added_tokens_decoder", {})
+    if not isinstance(listed, dict) or not all(key.isdecimal() and len(key) < 10 for key in listed):
+        raise InputError("added_tokens_decoder in tokenizer_config.json must have tokens by their ids")
+    if not all(type(i) is int for i in beside.values()):
+        raise InputError("added_tokens.json must have an id for each token")
+    entries = {i: {"content": text} for text, i in beside.items()} | {int(i): entry for i, entry in listed.items()}
+    also = settings.get("additional_special_tokens") or settings.get("extra_special_tokens")
+    special = [_content(token) for token in also] if isinstance(also, list) else []
+    texts = {i: text for text, i in backend.get_vocab(with_added_tokens=True).items()}
+    for i, entry in sorted(entries.items()):
+        text = _content(entry)
+        if not isinstance(text, str) or not text or not _is_text(text):
+            raise InputError(f"added token {i} is {entry!r}; it must have a text as its content")
+        if texts.get(i, text) != text:
+            raise InputError(f"added token {text!r} has the id {i}, which {texts[i]!r} has")
+        given = entry if isinstance(entry, dict) else {}
+        flags = {name: bool(given.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
+        flags["special"] |= text in special
+        if i not in texts or flags["special"]:
+            add = backend.add_special_tokens if flags["special"] else backend.add_tokens
+            add([hf.AddedToken(text, normalized=False, **flags)])
+        if (found := backend.token_to_id(text)) != i:
+            raise InputError(f"added token {text!r} has the id {i}, and {found} would be its; ids must have no gaps")
+
+
+def _settings_beside(file: Path) -> dict[str, Any]:
+    """tokenizer_config.json before special_tokens_map.json, with the special tokens as their texts."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (file.parent / name).exists():
+            settings |= _read_json(file.parent / name, "tokenizer", remedy="repair or remove it")
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if key in settings:
+            token = settings[key] = _content(settings[key])  # an explicit null means that there is none
+            if not (token is None or (isinstance(token, str) and _is_text(token))):
+                raise InputError(f"{key} beside {file} is {token!r}; it must be a token's text, or null")
+    return settings
+
+
+def _content(token: Any) -> Any:
+    """Such files have a token as its text, or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _check_ids(backend: hf.Tokenizer, file: Path) -> None:
+    """Arrays are as long as the largest id, which can't be beyond what a file of this size could list."""
+    vocab = backend.get_vocab(with_added_tokens=True)
+    token, largest = max(vocab.items(), key=lambda item: item[1], default=("", 0))
+    if largest > (size := file.stat().st_size) // 2:
+        raise InputError(f"{file} gives {token!r} the id {largest}, which is beyond its {size} bytes; repair it")
 
 
 def _chat_template(folder: Path, settings: dict) -> str | None:
@@ -350,12 +454,41 @@ def _read_json(file: Path, what: str, *, remedy: str) -> dict:
         spec = json.loads(file.read_bytes())
     except OSError as error:
         raise InputError(f"{what} file {file} can't be read ({error.strerror}); {remedy}") from None
-    except ValueError as error:  # neither JSON nor UTF-8
+    except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8; thousands of brackets
         raise InputError(f"{what} file {file} is not JSON ({_one_line(error)}); {remedy}") from None
     if not isinstance(spec, dict):
         raise InputError(f"{what} file {file} holds no JSON object; {remedy}")
     return spec
 
 
-def _one_line(error: Exception) -> str:
+@contextlib.contextmanager
+def _failures_of_the_library(what: str) -> Iterator[None]:
+    """As an InputError: a file can say what the library takes, and fails at only when it is used."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_the_library_s(error):
+            raise
+        raise InputError(f"the tokenizers library {what} ({_one_line(error)})") from None
+
+
+def _is_the_library_s(error: BaseException) -> bool:
+    """It raises Exception itself, and panics with what is no Exception and can't be imported."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_text(text: str) -> bool:
+    """JSON can spell half a surrogate pair, which is none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

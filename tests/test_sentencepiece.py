@@ -1,6 +1,7 @@
 """SentencePiece vocabularies beside the package sentencepiece, and files that no one would write."""
 
 import io
+import json
 import struct
 
 import pytest
@@ -117,6 +118,61 @@ def test_special_tokens_and_settings(reference, tmp_path):
     )
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (None, 1, False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizer", "legacy": True}, {}],
+    ids=str,
+)
+def test_ids_around_special_tokens_are_those_of_transformers(reference, tmp_path, settings):
+    """legacy: the space before a text also behind every special token. And what was added to the pieces.
+
+    But a blank behind a special token or at the start counts for that space in transformers, and not in SentencePiece.
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers not installed")
+    (tmp_path / "tokenizer.model").write_bytes(train(reference, **KINDS["llama"]))
+    size = reference.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).vocab_size()
+    added = {str(size): "<turn>", str(size + 1): "<end>"}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    settings = settings | {
+        "added_tokens_decoder": {i: {"content": text, **flags} for i, text in added.items()},
+        "bos_token": "<s>",
+        "eos_token": {"content": "<end>", **flags, "__type": "AddedToken"},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(tmp_path)), load_tokenizer(tmp_path)
+    assert ours.eos_id == theirs.eos_token_id == size + 1
+    for text in ("<turn>Lily said<end>\n<s>and  she", "Lily<turn>12", "<s><turn>", "a  b"):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids, text
+        assert load_tokenizer(tmp_path).decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    ours.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint() == ours.fingerprint()
+    again = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert again.encode("Lily<turn>12") == [1, *ours.encode("Lily<turn>12")]
+
+
+@pytest.mark.parametrize(
+    "beside, words",
+    [
+        ({"<turn>": 500}, "no gaps"),
+        ({"<turn>": "3"}, "an id for each token"),
+        ({"<turn>": 3}, "which '▁a' has"),
+        ({"": 8}, "a text as its content"),
+        ({"<turn>": 8}, None),
+    ],
+    ids=str,
+)
+def test_added_tokens_beside_a_model(tmp_path, beside, words):
+    (tmp_path / "tokenizer.model").write_bytes(VALID)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(beside))
+    if words is None:
+        assert load_tokenizer(tmp_path).encode("ab<turn>") == [3, 7, 8]
+        return
+    with pytest.raises(InputError, match=words) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_saved_is_an_ordinary_tokenizer_json(pair, tmp_path):

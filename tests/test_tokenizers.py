@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers as hf
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from llm_jax.continuation import Continuation
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import (
     CHAT_TEMPLATE,
@@ -313,3 +314,136 @@ def test_a_file_that_is_no_tokenizer(content, message, tmp_path):
         with pytest.raises(InputError, match=message) as error:
             load_tokenizer(path)
         assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def of_byte_tokens() -> hf.Tokenizer:
+    """Llama's way: a letter or two and the rest as bytes, a space before a text, a special token."""
+    vocab = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+    model = hf.models.BPE({token: i for i, token in enumerate(vocab)}, [("▁", "a")], byte_fallback=True)
+    backend = hf.Tokenizer(model)
+    backend.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")])
+    steps = [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
+    backend.decoder = hf.decoders.Sequence([*steps, hf.decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<s>"])
+    return backend
+
+
+def test_part_of_a_row_of_byte_tokens_may_be_no_text(tmp_path):
+    """The library makes � of every byte of such a row, of whole characters too."""
+    of_byte_tokens().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "a é日 a🙂 a"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    raw = " a é日 a🙂 a".encode()
+    assert tokenizer.token_bytes()[ids].sum() == len(raw)
+    for cut in range(len(ids)):
+        whole = raw[: tokenizer.token_bytes()[ids[:cut]].sum()].decode(errors="replace")
+        assert tokenizer.decode(ids[:cut]) == whole[1:]
+        assert tokenizer.decode([*ids[:cut], tokenizer.bos_id]) == whole[1:]
+    broken = [i for i in ids if i != 1 + 0xC3]  # the first byte of é is gone
+    assert tokenizer.decode(broken) == "a \ufffd日 a🙂 a"
+    continuation = Continuation(tokenizer, [tokenizer.bos_id])
+    assert "".join(continuation.add([i]) for i in ids) + continuation.finish() == text
+
+
+def test_a_saved_tokenizer_puts_bos_first_for_other_programs(tmp_path):
+    backend = of_byte_tokens()
+    Tokenizer(backend, bos_token="<s>", add_bos=True).save(tmp_path)
+    assert hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a").ids == [0, 259]
+    transformers = pytest.importorskip("transformers", reason="transformers not installed")
+    assert transformers.AutoTokenizer.from_pretrained(str(tmp_path))("a").input_ids == [0, 259]
+
+
+# -- Files that no one would write
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////9hYmM="}}, "can't encode"),
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}}, "can't encode"),
+        ({"model": {"type": "BPE", "vocab": {"a": 2**31}, "merges": []}}, "2147483648, which is beyond its"),
+        ({"decoder": {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}}, "is not a tokenizer.json"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 5}, "decoder": 3}, "is not a tokenizer.json"),
+    ],
+    ids=str,
+)
+def test_what_the_library_fails_at_is_one_line(changes, message, tmp_path):
+    """The first one by a panic, which is no Exception."""
+    spec = json.loads(hf.Tokenizer(hf.models.BPE({"a": 0, "b": 1}, [])).to_str()) | changes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match=message) as error:
+        load_tokenizer(tmp_path).encode("ab")
+    assert "\n" not in str(error.value)
+
+
+def test_brackets_without_end_are_no_json(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"a":' * 100_000)
+    with pytest.raises(InputError, match="is not JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_padding_is_off_before_anything_is_encoded(tmp_path):
+    foreign(tmp_path, ["<s>"])
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["padding"]["strategy"] = {"Fixed": 10**15}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert load_tokenizer(tmp_path).encode("ab") == [97, 98]
+
+
+@pytest.mark.parametrize(
+    "config", [{"bos_token": 5}, {"eos_token": ["</s>"]}, {"bos_token": {"content": {}}}, {"eos_token": "\ud800"}]
+)
+def test_settings_of_another_type_are_refused(config, tmp_path):
+    foreign(tmp_path, ["<s>"], config)
+    with pytest.raises(InputError, match="must be a token's text, or null"):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_map_is_read_where_the_settings_say_nothing(tmp_path):
+    foreign(tmp_path, ["<a>", "<b>", "<s>"], {"eos_token": "<s>"})
+    content = {"bos_token": {"content": "<a>"}, "eos_token": "<b>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (256, 258)
+
+
+SPEC = of_byte_tokens().to_str()
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["set", "insert", "delete", "cut"]), st.integers(0, len(SPEC)), st.binary(max_size=6))
+    | st.tuples(st.just("insert"), st.integers(0, len(SPEC)), st.sampled_from([b"9" * 9, b"null", b"{}", b"[" * 9])),
+    min_size=1,
+    max_size=4,
+)
+
+
+def check_opens_or_is_refused(folder, changes):
+    content = bytearray(SPEC.encode())
+    for kind, at, part in changes:
+        if kind == "cut":
+            del content[at:]
+        elif kind == "insert":
+            content[at:at] = part
+        else:
+            content[at : at + len(part)] = part if kind == "set" else b""
+    (folder / "tokenizer.json").write_bytes(content)
+    try:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.decode(tokenizer.encode("a é a"))
+        assert len(tokenizer.token_bytes()) == tokenizer.vocab_size <= len(content)
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CHANGES)
+def test_a_changed_file_opens_or_is_refused(tmp_path, changes):
+    check_opens_or_is_refused(tmp_path, changes)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CHANGES)
+def test_ten_thousand_changed_files_open_or_are_refused(tmp_path, changes):
+    check_opens_or_is_refused(tmp_path, changes)
