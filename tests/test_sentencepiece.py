@@ -128,7 +128,7 @@ def test_special_tokens_and_settings(reference, tmp_path):
 def test_ids_around_special_tokens_are_those_of_transformers(reference, tmp_path, settings):
     """legacy: the space before a text also behind every special token. And what was added to the pieces.
 
-    But a blank behind a special token or at the start counts for that space in transformers, and not in SentencePiece.
+    But a blank behind a special token, or at the start, counts for that space in transformers alone.
     """
     transformers = pytest.importorskip("transformers", reason="transformers not installed")
     (tmp_path / "tokenizer.model").write_bytes(train(reference, **KINDS["llama"]))

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers
 from llm_jax.errors import InputError
 from llm_jax.sentencepiece import (
     BYTE,
+    BYTE_PIECES,
     CONTROL,
     NORMAL,
     SPACE,
@@ -20,6 +21,7 @@ from llm_jax.sentencepiece import (
     Vocabulary,
     add_tokens,
     build,
+    merges_of,
 )
 from llm_jax.tokenizers import Tokenizer
 
@@ -118,21 +120,19 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         for i in range(len(tokens))
     ]
     merges = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in spec["model"]["merges"]]
-    of_kind = _of_sentencepiece if spec["model"]["byte_fallback"] else _of_byte_level
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     metadata: dict[str, Any] = {
         "tokens": tokens,
         "token_type": np.array(kinds, np.int32),
         "add_bos_token": tokenizer.add_bos,
     } | {name: i for name, i in ids.items() if i is not None}
-    metadata |= of_kind(spec, tokens, merges, kinds)
+    is_sentencepiece = spec["model"]["byte_fallback"]
+    metadata |= _of_sentencepiece(spec, tokens, merges, kinds) if is_sentencepiece else _of_byte_level(spec, merges)
     template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
     return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()} | template
 
 
-def _of_byte_level(
-    spec: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[Sequence[str]], kinds: Sequence[int]
-) -> dict[str, Any]:
+def _of_byte_level(spec: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> dict[str, Any]:
     found = [names[0] for names, how in PRE.items() if how == _how(spec)]
     if not found or "ByteLevel" not in json.dumps(spec["decoder"]):
         splitting = json.dumps(spec["pre_tokenizer"])
@@ -144,31 +144,109 @@ def _of_byte_level(
 
 
 def _of_sentencepiece(
-    spec: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[Sequence[str]], kinds: Sequence[int]
+    spec: Mapping[str, Any], tokens: list[str], merges: Sequence[Sequence[str]], kinds: list[int]
 ) -> dict[str, Any]:
-    """Scores by the order of merges: llama.cpp joins the two pieces whose joint has the highest."""
-    steps = spec["normalizer"] or {}
-    steps = steps.get("normalizers", [steps])
-    adds_space = {"type": "Prepend", "prepend": SPACE} in steps
-    known = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    if spec["pre_tokenizer"] is not None or known[1] not in steps or any(step not in known for step in steps):
-        raise InputError("the way this tokenizer treats blanks has no counterpart in llama.cpp")
-    best: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
-        best.setdefault(left + right, rank)
+    """Scores that bring about the merges, since llama.cpp joins the two neighbours whose joint has the highest.
+
+    Where the tokenizer puts a space before a text, llama.cpp puts one behind each special token too.
+    """
+    adds_space = _adds_space(spec)
+    ids = {token: i for i, token in enumerate(tokens)}
+    for byte, name in enumerate(BYTE_PIECES):
+        if name not in ids and byte < 128 and chr(byte) in ids:  # Gemma's tabulator, which others are merged from
+            ids[name] = ids.pop(chr(byte))
+            tokens[ids[name]] = name
+        if name not in ids:
+            raise InputError(f"the tokenizer has no {name} for a byte, which llama.cpp needs: it has no counterpart")
+        kinds[ids[name]] = BYTE
     unknown = spec["model"]["unk_token"]
-    is_byte = [len(token) == 6 and token.startswith("<0x") and token.endswith(">") for token in tokens]
-    own = [
-        UNKNOWN if token == unknown else BYTE if byte and kind == NORMAL else kind
-        for token, byte, kind in zip(tokens, is_byte, kinds, strict=True)
-    ]
+    if unknown not in ids:
+        raise InputError("the tokenizer has no token for what is unknown, and no counterpart in llama.cpp")
+    kinds[ids[unknown]] = UNKNOWN
+    pairs = [(left, right) for left, right in merges]
+    scores = np.full(len(tokens), -len(pairs) - 1, np.float32)
+    for rank, group in enumerate(_of_one_score(pairs)):
+        scores[[ids[token] for token in group]] = -rank
+    added = {token["content"] for token in spec["added_tokens"]}  # found before anything is merged
+    own, made = (
+        {pair for pair in some if not added & {*pair, "".join(pair)}}
+        for some in (pairs, merges_of(Vocabulary(tokens, scores.tolist(), kinds)))
+    )
+    if own != made:
+        left, right = min(own ^ made)
+        does = "merges" if (left, right) in own else "does not merge"
+        raise InputError(
+            f"the tokenizer {does} {left!r} and {right!r}, and llama.cpp merges what makes a token: no counterpart"
+        )
+    # Users' tokens are looked for in the text as it is.
+    plain = [token.replace(SPACE, " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds)]
     return {
         "model": "llama",
         "pre": "default",
-        "scores": np.array([-best.get(token, len(merges)) for token in tokens], np.float32),
-        "token_type": np.array(own, np.int32),
+        "tokens": plain,
+        "scores": scores,
+        "token_type": np.array(kinds, np.int32),
+        "unknown_token_id": ids[unknown],
         "add_space_prefix": adds_space,
     }
+
+
+def _of_one_score(merges: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """What is merged, in order; together what has one score: the runs of one character, of Llama and Mistral.
+
+    Their merges lie between each other's, all but those of two single characters, which are the first or the last.
+    """
+    last = {left + right: rank for rank, (left, right) in enumerate(merges)}
+    groups: list[dict[str, None]] = []
+    end = -1
+    for rank, (left, right) in enumerate(merges):
+        if rank > end:
+            groups.append({})
+        groups[-1][left + right] = None
+        end = max(end, last[left + right])
+    for i in [i for i, group in enumerate(groups) if len(group) > 1]:
+        pair = {next(iter(groups[i]))[0] * 2: None}
+        for beside in groups[max(i - 1, 0) : i + 2]:
+            if beside == pair:
+                groups[i] |= pair
+                beside.clear()
+    return [list(group) for group in groups if group]
+
+
+def _adds_space(spec: Mapping[str, Any]) -> bool:
+    """Whether a space goes before a text; all else that is done to a text must be that blanks are written as "▁"."""
+    adds_space = is_written = False
+    for step in _steps(spec["normalizer"], "normalizers"):
+        match step:
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+                is_written = True
+            case {"type": "Prepend", "prepend": "▁"} | {"type": "Replace", "pattern": {"Regex": _}, "content": "▁"}:
+                adds_space = True
+            case _:
+                raise InputError(f"the tokenizer's normalizer {_shown(step)} has no counterpart in llama.cpp")
+    for step in _steps(spec["pre_tokenizer"], "pretokenizers"):
+        match step:
+            case {"type": "Metaspace", "replacement": "▁" | " ", "prepend_scheme": scheme, "split": False}:
+                is_written |= step["replacement"] == "▁"
+                adds_space |= scheme != "never"
+            case {"type": "Split", "pattern": {"String": " "}} if is_written:
+                pass  # Gemma's, where no blank is left
+            case _:
+                raise InputError(f"the tokenizer's pre-tokenizer {_shown(step)} has no counterpart in llama.cpp")
+    if not is_written:
+        raise InputError("the tokenizer does not write blanks as '▁', and has no counterpart in llama.cpp")
+    return adds_space
+
+
+def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer as the steps that it consists of."""
+    if part is None:
+        return []
+    return [step for one in part[key] for step in _steps(one, key)] if part["type"] == "Sequence" else [part]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:200]
 
 
 def _get(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -213,20 +291,30 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Se
     special = _special(metadata, tokens, adds_bos=True)
     # llama.cpp leaves the blanks of a text as they are.
     adds_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    backend = build(Vocabulary(tokens, scores.tolist(), kinds, adds_space=adds_space))
+    if UNKNOWN not in kinds:
+        kinds = [*kinds]
+        kinds[_special_id(metadata, "unknown", tokens) or 0] = UNKNOWN  # as llama.cpp takes it, of whatever type
+    # Users' tokens have plain blanks in such files, and are looked for where blanks are written as "▁".
+    pieces = [token.replace(" ", SPACE) if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds)]
+    backend = build(Vocabulary(pieces, scores.tolist(), kinds, adds_space=adds_space))
     return Tokenizer(backend, **special, split_special_tokens=False)
 
 
 def _special(metadata: Mapping[str, Any], tokens: Sequence[str], *, adds_bos: bool) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name in ("bos", "eos"):
-        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
-            raise InputError(f"tokenizer.ggml.{name}_token_id ({i}) is not among the {len(tokens)} tokens")
+        i = _special_id(metadata, name, tokens)
         named[f"{name}_token"] = None if i is None else tokens[i]
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
     template = metadata.get("tokenizer.chat_template")
     return named | {"add_bos": bool(add_bos), "chat_template": template if isinstance(template, str) else None}
+
+
+def _special_id(metadata: Mapping[str, Any], name: str, tokens: Sequence[str]) -> int | None:
+    i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+        raise InputError(f"tokenizer.ggml.{name}_token_id ({i}) is not among the {len(tokens)} tokens")
+    return i
 
 
 def _how(spec: Mapping[str, Any]) -> tuple[str | None, dict[str, Any], bool]:
