@@ -164,7 +164,7 @@ def merges_of(vocabulary: Vocabulary) -> list[tuple[str, str]]:
         pairs = [(piece[:i], piece[i:]) for i in cuts[piece]]
         merges += sorted(pairs, key=lambda pair: not piece.startswith(pair[1]))
     for part in {part for merge in merges for part in merge}:
-        is_byte = BYTE in vocabulary.kinds and part not in kinds and part.isascii()
+        is_byte = part not in kinds and part.isascii() and kinds.get(BYTE_PIECES[ord(part)]) == BYTE
         if kinds.get(part, UNUSED) == UNUSED and not is_byte:
             raise InputError(f"the piece {part!r}, which others are merged from, is missing")
     return merges

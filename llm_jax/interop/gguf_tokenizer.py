@@ -80,8 +80,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     kind = _get(metadata, "model", str)
     tokens = _get(metadata, "tokens", list)
-    kinds = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), NORMAL))
-    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
+    kinds = _get(metadata, "token_type", np.ndarray, np.full(len(tokens), NORMAL))
+    if kinds.shape != (len(tokens),) or kinds.dtype.kind not in "iu":
         raise InputError(f"tokenizer.ggml.token_type must have {len(tokens)} numbers, one for each token")
     if len(set(tokens)) != len(tokens):
         raise InputError("tokenizer.ggml.tokens has a token twice")
@@ -249,15 +249,15 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)[:200]
 
 
-def _get(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, kind):
-        raise InputError(f"tokenizer.ggml.{name} is missing or no {kind.__name__}")
+def _get(metadata: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
+        raise InputError(f"tokenizer.ggml.{name} is missing or no {kind.__name__}{' of texts' * (kind is list)}")
     return value
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = _get(metadata, "pre", str, "default")
     names = next((names for names in PRE if pre in names), None)
     if names is None:
         known = ", ".join(name for names in PRE for name in names)
@@ -288,9 +288,11 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Seque
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
     scores = _get(metadata, "scores", np.ndarray)
+    if scores.shape != (len(tokens),) or scores.dtype.kind not in "iuf":
+        raise InputError(f"tokenizer.ggml.scores must have {len(tokens)} numbers, one for each token")
     special = _special(metadata, tokens, adds_bos=True)
     # llama.cpp leaves the blanks of a text as they are.
-    adds_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    adds_space = _get(metadata, "add_space_prefix", bool, True)
     if UNKNOWN not in kinds:
         kinds = [*kinds]
         kinds[_special_id(metadata, "unknown", tokens) or 0] = UNKNOWN  # as llama.cpp takes it, of whatever type
@@ -305,15 +307,16 @@ def _special(metadata: Mapping[str, Any], tokens: Sequence[str], *, adds_bos: bo
     for name in ("bos", "eos"):
         i = _special_id(metadata, name, tokens)
         named[f"{name}_token"] = None if i is None else tokens[i]
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
+    add_bos = _get(metadata, "add_bos_token", bool, adds_bos)
     template = metadata.get("tokenizer.chat_template")
-    return named | {"add_bos": bool(add_bos), "chat_template": template if isinstance(template, str) else None}
+    return named | {"add_bos": add_bos, "chat_template": template if isinstance(template, str) else None}
 
 
 def _special_id(metadata: Mapping[str, Any], name: str, tokens: Sequence[str]) -> int | None:
     i = metadata.get(f"tokenizer.ggml.{name}_token_id")
     if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
-        raise InputError(f"tokenizer.ggml.{name}_token_id ({i}) is not among the {len(tokens)} tokens")
+        shown = i if isinstance(i, int) else type(i).__name__
+        raise InputError(f"tokenizer.ggml.{name}_token_id ({shown}) is not among the {len(tokens)} tokens")
     return i
 
 

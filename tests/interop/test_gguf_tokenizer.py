@@ -206,6 +206,28 @@ def test_what_has_no_counterpart_is_named(change, words):
     assert "\n" not in str(error.value)
 
 
+JUNK = (None, 5, -1, 2**40, "x", "", True, 1.5, [], ["a"], ["a"] * 340, [5] * 340, np.zeros(3), np.zeros(340))
+JUNK += (np.full(340, 9), np.full(340, np.nan), np.zeros((2, 2)), np.array(["a"] * 340))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_keys_of_any_type_are_read_or_refused(byte_level, kind):
+    sound = {f"tokenizer.ggml.{key}": value for key, value in (byte_level | {"pre": "gpt-2"}).items()}
+    if kind == "llama":
+        sound = gguf_metadata(sentencepiece_like(), 340)
+    loaded = refused = 0
+    for key in [*sound, "tokenizer.chat_template"]:
+        missing = {name: value for name, value in sound.items() if name != key}
+        for metadata in [missing, *(sound | {key: value} for value in JUNK)]:
+            try:
+                tokenizer_from_gguf(metadata).encode("ab é")
+                loaded += 1
+            except InputError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert loaded > 20 and refused > 50
+
+
 def test_our_own_way_of_splitting_has_no_counterpart():
     with pytest.raises(InputError, match="splits text has no counterpart"):
         gguf_metadata(train_bpe(["a b"], 258), 258)
