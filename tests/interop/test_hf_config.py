@@ -1,7 +1,12 @@
 """config.json as published models have it, in the spelling of transformers 4: which fields it becomes, and back."""
 
+import dataclasses
+import json
+
 import pytest
 
+from llm_jax.config import SampleConfig
+from llm_jax.interop.hf import read_generation, write_generation
 from llm_jax.interop.hf_config import read_config, write_config
 
 # What they all say, and is of no consequence for logits.
@@ -503,3 +508,26 @@ def test_a_published_config_becomes_these_fields_and_is_written_back(name):
     written_as, written = write_config(model)
     assert written_as is family
     assert read_config(written)[1] == model
+
+
+@pytest.mark.parametrize(
+    "given, fields",
+    [
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9, "eos_token_id": [7, 9]},
+            {"temperature": 0.6, "top_k": None, "top_p": 0.9, "stop_tokens": (7, 9)},
+        ),
+        ({"do_sample": True, "top_k": 50, "top_p": 1.0}, {"top_k": 50, "top_p": None, "stop_tokens": (2,)}),
+        ({"temperature": 0.6, "top_k": 50}, {"stop_tokens": (2,)}),  # not sampled by
+    ],
+    ids=["zero is off", "one is off", "greedy"],
+)
+def test_generation_config(tmp_path, given, fields):
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    assert read_generation(tmp_path, {"eos_token_id": 2}) == fields
+    sample = dataclasses.asdict(SampleConfig(**fields))
+    (tmp_path / "generation_config.json").write_text(json.dumps(write_generation(sample)))
+    again = read_generation(tmp_path, {"eos_token_id": 2})
+    assert {name: again[name] for name in fields if name != "stop_tokens"} == {
+        name: value for name, value in fields.items() if name != "stop_tokens"
+    }
