@@ -357,6 +357,7 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
     try:
         with _failures_of_the_library("can't make a tokenizer of it"):
             backend = sentencepiece.build(vocabulary, prefix_everywhere=bool(legacy))
+            backend.normalizer.normalize_str("a")  # a damaged charsmap shows itself only when it is used
         _add_tokens(backend, settings, file.parent)
         special = [name for name in names.values() if name and backend.token_to_id(name) is not None]
         backend.add_special_tokens([hf.AddedToken(name, special=True, normalized=False) for name in special])

@@ -294,10 +294,9 @@ def opens_or_refuses(folder, data):
     (folder / "tokenizer.model").write_bytes(data)
     try:
         tokenizer = load_tokenizer(folder)
+        tokenizer.decode(tokenizer.encode("ab a"))  # where a damaged normalizer may still fail, by some characters
     except InputError as error:
         assert "\n" not in str(error)
-        return
-    tokenizer.decode(tokenizer.encode("ab a"))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
