@@ -111,7 +111,8 @@ def _moved_norms(part: Part, offset: float) -> Part:
 
     def moved(path: str, place: Place) -> np.ndarray:
         array = part(path, place)
-        return array + np.asarray(offset, array.dtype) if path.endswith("norm/weight") else array
+        # In float32: near 0 a bfloat16 has digits that it has not near 1.
+        return array.astype(np.float32) + np.float32(offset) if path.endswith("norm/weight") else array
 
     return moved
 

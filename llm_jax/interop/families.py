@@ -226,10 +226,16 @@ GEMMA_DEFAULTS = LLAMA_DEFAULTS | {
     "head_dim": 256,
     "tie_word_embeddings": True,
     "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_activation": None,
     "use_bidirectional_attention": None,
 }
-GEMMA2_DEFAULTS = GEMMA_DEFAULTS | {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+GEMMA2_DEFAULTS = GEMMA_DEFAULTS | {
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+    "sliding_window_size": None,  # an older name, which says the same
+}
 GEMMA_NEEDED = {"use_bidirectional_attention": (None, False)}
 SOFTCAPS = {"attn_logit_softcapping": ("attn_softcap",), "final_logit_softcapping": ("final_softcap",)}
 EXPERTS = {"num_experts_per_tok": ("n_expert_per_token",), "norm_topk_prob": ("normalize_experts",)}

@@ -169,6 +169,8 @@ def read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         for key, (field, none) in GENERATION.items():
             if given.get(key) is not None:
                 fields[field] = None if none is not None and given[key] == none else given[key]
+    else:
+        fields["temperature"] = 0.0  # greedy, as transformers then is
     stop = given.get("eos_token_id", config.get("eos_token_id"))
     if stop is not None:
         fields["stop_tokens"] = tuple(stop) if isinstance(stop, list) else (stop,)

@@ -35,7 +35,8 @@ IGNORED = frozenset(
     "pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict rope_interleaved "
     "router_aux_loss_coef router_jitter_noise sep_token_id summary_activation summary_first_dropout "
     "summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers.js_config "
-    "transformers_version unk_token_id use_cache use_mrope".split()
+    "transformers_version unk_token_id use_cache use_mrope n_special predict_special_tokens output_past _num_labels "
+    "_attn_implementation attention_probs_dropout_prob hidden_dropout_prob unsloth_fixed unsloth_version".split()
 )
 ROPE_TYPES = {"default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 ROPE_TYPES |= {"longrope": "longrope", "su": "longrope"}
@@ -199,7 +200,8 @@ def _mlp(family: Family, given: Mapping[str, Any]) -> str:
     is_gated = _is_gated(family)
     if family.model_type == "gemma":
         # Its first config.json said "gelu" and meant the approximation, and says so under another key since.
-        activation = given["hidden_activation"] or ("gelu_pytorch_tanh" if activation == "gelu" else activation)
+        later = given.get("hidden_activation")
+        activation = later or ("gelu_pytorch_tanh" if activation == "gelu" else activation)
     if (activation, is_gated) not in MLPS:
         there = ", ".join(name for name, gated in MLPS if gated == is_gated)
         raise InputError(f"config.json: {family.activation} ({activation!r}) must be one of {there}")

@@ -152,7 +152,11 @@ def join(groups: Iterable[list[Tensor]], part: Part, dtype: np.dtype) -> Iterato
     for group in groups:
         for tensor in group:
             joined = tensor.join([part(path, tensor.place) for path in tensor.row.paths])
-            yield tensor.name, np.ascontiguousarray(joined, dtype)
+            with np.errstate(over="ignore"):
+                written = np.ascontiguousarray(joined, dtype)
+            if dtype.itemsize < joined.dtype.itemsize and (np.isinf(written) & np.isfinite(joined)).any():
+                raise InputError(f"tensor {tensor.name} has a weight too large for {dtype}; write another dtype")
+            yield tensor.name, written
 
 
 class Layout(NamedTuple):

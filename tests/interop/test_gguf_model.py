@@ -11,7 +11,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import llm_jax
 from llm_jax import pretrained, published
+from llm_jax.config import in_dtype
 from llm_jax.errors import InputError
+from llm_jax.interop.gguf import read_gguf
 from llm_jax.tokenizers import Tokenizer, byte_tokenizer
 
 # What llama.cpp has no way to be told.
@@ -110,6 +112,25 @@ def test_tokens_that_only_fill_the_vocabulary_are_unused(tokenizer, tmp_path):
     _, lm = make("llama", 0)
     back = llm_jax.load(written(lm, tmp_path / "model.gguf", byte_bpe(VOCAB - 7)))
     assert back.tokenizer.vocab_size == VOCAB - 7 and back.config.model.vocab_size == VOCAB
+
+
+def test_norms_of_a_bfloat16_gemma_keep_their_digits(tokenizer, tmp_path):
+    """Written as what they multiply by: 1 and more, which a bfloat16 has fewer digits for."""
+    _, lm = make("gemma", 0)
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), lm.params)
+    half = llm_jax.LanguageModel(in_dtype(lm.config, "bfloat16"), params, tokenizer)
+    half.save_gguf(tmp_path / "model.gguf", dtype="float32")
+    found = read_gguf(tmp_path / "model.gguf").read("output_norm.weight")
+    np.testing.assert_array_equal(found, np.asarray(params["final_norm"]["weight"], np.float32) + 1)
+
+
+def test_a_weight_beyond_float16_is_named(tmp_path):
+    _, lm = make("llama", 0)
+    params = jax.tree.map(lambda leaf: leaf * 1e6, lm.params)
+    source = pretrained.Source("it", lm.config, lm.tokenizer, pretrained.part_of(params))
+    with pytest.raises(InputError, match="too large for float16"):
+        published.save_hf(source, tmp_path / "out", dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tokenizer_without_counterpart_is_named(tmp_path):

@@ -426,6 +426,9 @@ PUBLISHED = {
             "layer_norm_epsilon": 1e-05,
             "model_type": "gpt2",
             "n_ctx": 1024,
+            "n_special": 0,
+            "output_past": True,
+            "predict_special_tokens": True,
             "n_embd": 768,
             "n_head": 12,
             "n_layer": 12,
@@ -518,7 +521,7 @@ def test_a_published_config_becomes_these_fields_and_is_written_back(name):
             {"temperature": 0.6, "top_k": None, "top_p": 0.9, "stop_tokens": (7, 9)},
         ),
         ({"do_sample": True, "top_k": 50, "top_p": 1.0}, {"top_k": 50, "top_p": None, "stop_tokens": (2,)}),
-        ({"temperature": 0.6, "top_k": 50}, {"stop_tokens": (2,)}),  # not sampled by
+        ({"temperature": 0.6, "top_k": 50}, {"temperature": 0.0, "stop_tokens": (2,)}),  # not sampled by
     ],
     ids=["zero is off", "one is off", "greedy"],
 )
