@@ -156,9 +156,9 @@ def _open_gguf(path: Path, tokenizer: Tokenizer | None) -> Source:
             raise InputError(f"tensor {unknown[0]} is not known of {arch.name}, and may change what it computes")
         check_shapes(groups, shapes.__getitem__)
         tokenizer = tokenizer or gguf_tokenizer.tokenizer_from_gguf(file.metadata)
+        config = freeze({"model": vars(cfg), "sample": {"stop_tokens": gguf_tokenizer.stop_tokens(file.metadata)}})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    config = freeze({"model": vars(cfg), "sample": {"stop_tokens": gguf_tokenizer.stop_tokens(file.metadata)}})
     return Source(str(path), config, tokenizer, parts(groups, file.read))
 
 

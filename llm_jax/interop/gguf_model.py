@@ -227,7 +227,7 @@ def read_model(
         InputError: an architecture, a key or a value that is not known here.
     """
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(f"general.architecture ({name!r}) is not known; known are {', '.join(ARCHITECTURES)}")
     arch = ARCHITECTURES[name]
     try:
@@ -280,6 +280,9 @@ def _read(
     if fields.get("use_rope", True):
         fields.setdefault("rope_theta", 10000.0)
         fields |= _scaling(name, given, fields, shapes, read)
+    pattern = given.get("attention.sliding_window_pattern")
+    if pattern is not None and not (type(pattern) is int and pattern == len(arch.slides or ())):
+        raise InputError(f"{name}.attention.sliding_window_pattern ({pattern!r}) is not known of {name}")
     fields |= _layers(arch, fields)
     if name in ODD_SCALES and _number(name, fields, "n_layer") == ODD_SCALES[name]:
         fields["attn_scale"] = (fields["n_embd"] / fields["n_head"]) ** -0.5
@@ -366,7 +369,7 @@ def _scaling(
     if "rope.scale_linear" in given:
         return {"rope_scaling": "linear", "rope_factor": given["rope.scale_linear"]}
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise InputError(f"{name}.rope.scaling.type ({kind!r}) must be none, linear or yarn")
+        raise InputError(f"{name}.rope.scaling.type ({kind!r}) must be none, linear, yarn or longrope")
     if kind == "linear":
         return {"rope_scaling": kind}
     if kind == "yarn":

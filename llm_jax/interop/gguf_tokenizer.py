@@ -96,7 +96,7 @@ def stop_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The ids that end a text; None where the file names none."""
     tokens = _get(metadata, "tokens", list)
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    given = {metadata.get(f"tokenizer.ggml.{name}") for name in names} - {None}
+    given = {i for name in names if isinstance(i := metadata.get(f"tokenizer.ggml.{name}"), int)}
     kinds = metadata.get("tokenizer.ggml.token_type", [])
     controls = [token for token, kind in zip(tokens, kinds, strict=False) if kind == CONTROL]
     given |= {tokens.index(token) for token in END_OF_TURN if token in controls}
