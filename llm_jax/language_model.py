@@ -140,18 +140,24 @@ class LanguageModel(TextModel):
     def _source(self) -> pretrained.Source:
         return pretrained.Source("the model", self.config, self.tokenizer, pretrained.part_of(self.params))
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = published.MAX_SHARD_BYTES) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: str | None = None, max_shard_bytes: int = published.MAX_SHARD_BYTES
+    ) -> None:
         """Writes a Hugging Face folder that transformers opens with equal logits.
 
         As `config.model.family`, or the first published family that has this model's shape.
 
         Args:
+            dtype: "float32", "bfloat16" or "float16"; None: as the parameters are.
             max_shard_bytes: of a file of weights, unless one tensor has more.
 
         Raises:
             InputError: no family has this shape (it names the fields that have no counterpart); the folder is there.
         """
-        published.save_hf(self._source(), Path(os.path.expanduser(folder)), max_shard_bytes=max_shard_bytes)
+        if dtype is not None and dtype not in published.HF_DTYPES:
+            raise InputError(f"dtype ({dtype!r}) must be one of {', '.join(published.HF_DTYPES)}")
+        folder = Path(os.path.expanduser(folder))
+        published.save_hf(self._source(), folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def export(self, path: str | Path, *, platforms: Sequence[str] = ()) -> None:
         """Writes a folder that `llm_jax.load_exported` opens: compiled forms, parameters, tokenizer.

@@ -14,9 +14,10 @@ import numpy as np
 from llm_jax import model, run_folder
 from llm_jax.config import Config, freeze, in_dtype
 from llm_jax.errors import InputError
+from llm_jax.files import read_json
 from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, llama2c
 from llm_jax.interop.tensors import Part, Place, check_shapes, fill, parts, tensors
-from llm_jax.progress import byte_bar
+from llm_jax.progress import byte_bar, say
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -59,7 +60,8 @@ def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokeniz
             f"{str(path)!r} holds no model; give the folder that training wrote, such as runs/small, a Hugging Face "
             "folder, a GGUF file or llama2.c's .bin"
         )
-    if (path / "config.json").is_file() and "model_type" in hf.read_json(path / "config.json"):
+    file = path / "config.json"
+    if file.is_file() and "model_type" in read_json(file, remedy="give the folder of a model"):
         return _open_hf(path, tokenizer)
     return _open_run(given, step, tokenizer)
 
@@ -129,16 +131,19 @@ def part_of(params: model.Params) -> Part:
 
 
 def _open_hf(folder: Path, tokenizer: Tokenizer | None) -> Source:
-    config = hf.read_json(folder / "config.json")
+    config = read_json(folder / "config.json", remedy="give the folder of a model")
     try:
         family, cfg = hf_config.read_config(config)
-        cfg = freeze({"model": vars(cfg), "sample": hf.read_generation(folder, config)})
+        sample, unknown = hf.read_generation(folder, config)
+        cfg = freeze({"model": vars(cfg), "sample": sample})
         weights = hf.Safetensors(folder)
         groups = list(tensors(family.rows, param_shapes(cfg.model)))
         names = hf.find_tensors(family, groups, weights.names)
         check_shapes(groups, lambda name: weights.shape(names[name]))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
+    if unknown:
+        say(f"{folder}: generation_config.json's {', '.join(unknown)} is not known here, and not in config.sample")
     part = parts(groups, lambda name: weights.read(names[name]))
     return Source(str(folder), cfg, tokenizer or load_tokenizer(folder), part)
 

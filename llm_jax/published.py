@@ -23,6 +23,7 @@ from llm_jax.pretrained import Source, param_shapes
 from llm_jax.progress import byte_bar
 from llm_jax.tokenizers import Tokenizer
 
+HF_DTYPES = ("float32", "bfloat16", "float16")
 # dtype -> GGUF's name of it, and llama.cpp's number of a file of it
 GGUF_TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "q8_0": ("Q8_0", 7), "bfloat16": ("BF16", 32)}
 MAX_SHARD_BYTES = hf.MAX_SHARD_BYTES
@@ -121,7 +122,7 @@ def _special_ids(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     stop = config.sample.stop_tokens
     stop = tokenizer.eos_id if stop is None else stop[0] if len(stop) == 1 else list(stop)
     # Explicitly none where there is none: its reader has other defaults, some of them beyond the vocabulary.
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop, "pad_token_id": None}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}
 
 
 def _check_new(path: Path) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -21,7 +21,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from llm_jax import sentencepiece
 from llm_jax.chat import read_template
 from llm_jax.errors import InputError
-from llm_jax.files import write_whole
+from llm_jax.files import read_json, write_whole
+from llm_jax.progress import say
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -50,10 +51,10 @@ def _byte_alphabet() -> list[str]:
 class Tokenizer:
     """Text to ids and back.
 
-    `bos_id`, `eos_id`: None where the tokenizer has none. `add_bos`: whether the model expects a
-    prompt to begin with BOS; `encode` never puts it there itself. With `split_special_tokens` the
-    names of special tokens in a text are ordinary text, as they must be for text of unknown origin;
-    without, they become the special ids, which is what foreign tokenizers do by default.
+    `bos_id`, `eos_id`, `pad_id` (for other programs): None where the tokenizer has none. `add_bos`: whether
+    the model expects a prompt to begin with BOS; `encode` never puts it there itself. With
+    `split_special_tokens` the names of special tokens in a text are ordinary text, as they must be for text of
+    unknown origin; without, they become the special ids, which is what foreign tokenizers do by default.
     `chat_template`: what `chat.render` makes a text of messages by; None where the model is no chat model.
     """
 
@@ -75,6 +76,8 @@ class Tokenizer:
         self.backend = backend
         self.bos_id = None if bos_token is None else backend.token_to_id(bos_token)
         self.eos_id = None if eos_token is None else backend.token_to_id(eos_token)
+        pad_token = (settings or {}).get("pad_token")
+        self.pad_id = None if pad_token is None else backend.token_to_id(pad_token)
         self.add_bos = bool(add_bos) and self.bos_id is not None
         if self.add_bos and backend.post_processor is None and not (":" in bos_token or bos_token.startswith("$")):
             # For other programs, which open the saved file; the library can't spell those two kinds of names.
@@ -308,7 +311,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         file = path / "tokenizer.model"
     if file.suffix == ".model":
         return _load_sentencepiece(file)
-    spec = _read_json(file, "tokenizer", remedy="give a tokenizer.json or a folder that holds one")
+    if not file.exists() and (file.parent / "vocab.json").exists():
+        raise InputError(
+            f"{file.parent} has its tokenizer as vocab.json, and no tokenizer.json; transformers makes one: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    spec = read_json(file, remedy="give a tokenizer.json or a folder that holds one")
     try:
         backend = hf.Tokenizer.from_str(json.dumps(spec))
     except BaseException as error:
@@ -320,11 +328,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from None
     _check_ids(backend, file)
     settings = _settings_beside(file)
+    known = backend.get_added_tokens_decoder()
+    listed = {i: entry for i, entry in _added_tokens_decoder(settings).items() if i not in known}
+    try:
+        _add_tokens(backend, listed, _also_special(settings))
+    except InputError as error:
+        raise InputError(f"{file.parent / 'tokenizer_config.json'}: {error}") from None
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
 
     def special(key: str, names: Sequence[str]) -> str | None:
         if key in settings:
-            return settings[key]
+            name = settings[key]
+            if name is not None and backend.token_to_id(name) is None:
+                say(f"{key} beside {file} is {name!r}, which is none of its tokens: there is none then")
+                return None
+            return name
         return next((name for name in names if name in added), None)
 
     bos_token = special("bos_token", BOS_NAMES)
@@ -358,7 +376,9 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
         with _failures_of_the_library("can't make a tokenizer of it"):
             backend = sentencepiece.build(vocabulary, prefix_everywhere=bool(legacy))
             backend.normalizer.normalize_str("a")  # a damaged charsmap shows itself only when it is used
-        _add_tokens(backend, settings, file.parent)
+        # tokenizer_config.json has more of a token, and comes first.
+        entries = _added_tokens_json(file.parent) | _added_tokens_decoder(settings)
+        _add_tokens(backend, entries, _also_special(settings))
         special = [name for name in names.values() if name and backend.token_to_id(name) is not None]
         backend.add_special_tokens([hf.AddedToken(name, special=True, normalized=False) for name in special])
     except InputError as error:
@@ -374,21 +394,29 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
     )
 
 
-def _add_tokens(backend: hf.Tokenizer, settings: dict[str, Any], folder: Path) -> None:
-    """Adds what a folder has beyond a tokenizer.model's pieces, by the ids that it gives.
-
-    added_tokens.json has the ids of texts; `added_tokens_decoder` of tokenizer_config.json more, and comes first.
-    """
-    file = folder / "added_tokens.json"
-    beside = _read_json(file, "tokenizer", remedy="repair or remove it") if file.exists() else {}
+def _added_tokens_decoder(settings: Mapping[str, Any]) -> dict[int, Any]:
+    """Tokens by their ids, of tokenizer_config.json."""
     listed = settings.get("added_tokens_decoder", {})
     if not isinstance(listed, dict) or not all(key.isdecimal() and len(key) < 10 for key in listed):
         raise InputError("added_tokens_decoder in tokenizer_config.json must have tokens by their ids")
+    return {int(i): entry for i, entry in listed.items()}
+
+
+def _also_special(settings: Mapping[str, Any]) -> list[Any]:
+    also = settings.get("additional_special_tokens") or settings.get("extra_special_tokens")
+    return [_content(token) for token in also] if isinstance(also, list) else []
+
+
+def _added_tokens_json(folder: Path) -> dict[int, str]:
+    file = folder / "added_tokens.json"
+    beside = read_json(file, remedy="repair or remove it") if file.exists() else {}
     if not all(type(i) is int for i in beside.values()):
         raise InputError("added_tokens.json must have an id for each token")
-    entries = {i: {"content": text} for text, i in beside.items()} | {int(i): entry for i, entry in listed.items()}
-    also = settings.get("additional_special_tokens") or settings.get("extra_special_tokens")
-    special = [_content(token) for token in also] if isinstance(also, list) else []
+    return {i: text for text, i in beside.items()}
+
+
+def _add_tokens(backend: hf.Tokenizer, entries: Mapping[int, Any], special: Sequence[str]) -> None:
+    """Adds what a folder has beyond its tokenizer's file, a text or an object each, by the ids that it gives."""
     texts = {i: text for text, i in backend.get_vocab(with_added_tokens=True).items()}
     for i, entry in sorted(entries.items()):
         text = _content(entry)
@@ -411,7 +439,7 @@ def _settings_beside(file: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (file.parent / name).exists():
-            settings |= _read_json(file.parent / name, "tokenizer", remedy="repair or remove it")
+            settings |= read_json(file.parent / name, remedy="repair or remove it")
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if key in settings:
             token = settings[key] = _content(settings[key])  # an explicit null means that there is none
@@ -448,18 +476,6 @@ def _chat_template(folder: Path, settings: dict) -> str | None:
             'list of {"name", "template"} with one named "default"; repair or remove it'
         )
     return template
-
-
-def _read_json(file: Path, what: str, *, remedy: str) -> dict:
-    try:
-        spec = json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{what} file {file} can't be read ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8; thousands of brackets
-        raise InputError(f"{what} file {file} is not JSON ({_one_line(error)}); {remedy}") from None
-    if not isinstance(spec, dict):
-        raise InputError(f"{what} file {file} holds no JSON object; {remedy}")
-    return spec
 
 
 @contextlib.contextmanager

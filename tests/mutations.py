@@ -1,4 +1,7 @@
-"""Files that no one would write: some bytes of a valid one changed."""
+"""Files that no one would write: some bytes of a valid one changed, or one value of it."""
+
+import copy
+import math
 
 from hypothesis import strategies as st
 
@@ -23,3 +26,46 @@ def mutate(data, changes):
         elif kind == "drop":
             del data[at : at + value % 16]
     return bytes(data)
+
+
+OTHERS = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    10**12,
+    10**30,
+    0.5,
+    math.nan,
+    math.inf,
+    "",
+    "gelu",
+    [],
+    [1],
+    ["x"],
+    {},
+    {"a": 1},
+)
+
+
+def with_other_values(tree):
+    """Copies of a JSON object in each of which one value, at any depth, is another one."""
+    for path in _paths(tree):
+        for other in OTHERS:
+            changed = copy.deepcopy(tree)
+            *parents, last = path
+            inside = changed
+            for key in parents:
+                inside = inside[key]
+            inside[last] = copy.deepcopy(other)
+            yield changed
+
+
+def _paths(tree, path=()):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from _paths(value, (*path, key))

@@ -170,8 +170,7 @@ def test_alphabet_is_the_library_s():
 
 def test_bpe_training_is_the_same_in_every_process():
     program = (
-        "import sys; from llm_jax.tokenizers import train_bpe;"
-        "print(train_bpe([sys.stdin.read()], 300).fingerprint())"
+        "import sys; from llm_jax.tokenizers import train_bpe;print(train_bpe([sys.stdin.read()], 300).fingerprint())"
     )
     for hash_seed in "12":
         found = subprocess.run(
@@ -398,6 +397,50 @@ def test_padding_is_off_before_anything_is_encoded(tmp_path):
 def test_settings_of_another_type_are_refused(config, tmp_path):
     foreign(tmp_path, ["<s>"], config)
     with pytest.raises(InputError, match="must be a token's text, or null"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokens_that_only_the_settings_list_are_added(tmp_path):
+    listed = {
+        "256": {"content": "<s>", "special": True},
+        "257": {"content": "<|im_end|>", "special": True},
+        "258": {"content": "  ", "special": False},
+    }
+    foreign(tmp_path, ["<s>"], {"added_tokens_decoder": listed, "eos_token": "<|im_end|>", "pad_token": "<s>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a  b<|im_end|>") == [97, 258, 98, 257]
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (257, 256)
+    assert tokenizer.decode([97, 258, 98, 257]) == "a  b"
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs.encode("a  b<|im_end|>") == [97, 258, 98, 257]
+
+
+@pytest.mark.parametrize(
+    "listed, message",
+    [
+        ({"97": {"content": "<x>"}}, "which 'a' has"),
+        ({"300": {"content": "<x>"}}, "no gaps"),
+        ({"257": {"special": True}}, "a text as its content"),
+        ({"x": "<x>"}, "by their ids"),
+        ([], "by their ids"),
+    ],
+)
+def test_tokens_of_the_settings_that_have_no_place(listed, message, tmp_path):
+    foreign(tmp_path, ["<s>"], {"added_tokens_decoder": listed})
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_special_token_that_is_none_is_told_of(tmp_path, capsys):
+    foreign(tmp_path, ["<s>"], {"eos_token": "</s>"})
+    assert load_tokenizer(tmp_path).eos_id is None
+    assert "eos_token" in (told := capsys.readouterr().err) and "'</s>'" in told
+
+
+def test_a_tokenizer_of_two_files_is_told_how_to_become_one(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(InputError, match="transformers makes one"):
         load_tokenizer(tmp_path)
 
 

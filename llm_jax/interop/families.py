@@ -370,6 +370,7 @@ FAMILIES: tuple[Family, ...] = (
         SHAPE,
         LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": None},
         {},
+        {"full_attn_mod": (1,), "interpolate_factor": (1,)},
         layer_types=all_slide,
         rotary_fraction=1.0,
     ),
@@ -444,7 +445,12 @@ FAMILIES: tuple[Family, ...] = (
             "intermediate_size": None,  # of layers without experts
         },
         {"qk_norm": True},
-        {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
+        {
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": (None, []),
+            "shared_expert_intermediate_size": (None, 0),
+            "use_qk_norm": (True,),
+        },
         aliases={"num_local_experts": "num_experts"},
         layer_types=all_slide_if_used,
     ),

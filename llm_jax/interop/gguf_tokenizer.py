@@ -83,6 +83,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     kinds = _get(metadata, "token_type", np.ndarray, np.full(len(tokens), NORMAL))
     if kinds.shape != (len(tokens),) or kinds.dtype.kind not in "iu":
         raise InputError(f"tokenizer.ggml.token_type must have {len(tokens)} numbers, one for each token")
+    if len(kinds) and not (kinds.min() >= NORMAL and kinds.max() <= BYTE):
+        raise InputError(f"tokenizer.ggml.token_type must have numbers from {NORMAL} to {BYTE}")
     if len(set(tokens)) != len(tokens):
         raise InputError("tokenizer.ggml.tokens has a token twice")
     if kind == "gpt2":
@@ -95,8 +97,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 def stop_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The ids that end a text; None where the file names none."""
     tokens = _get(metadata, "tokens", list)
-    names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    given = {i for name in names if isinstance(i := metadata.get(f"tokenizer.ggml.{name}"), int)}
+    names = ("eos", "eot", "eom")
+    given = {i for name in names if (i := _special_id(metadata, name, tokens)) is not None}
     kinds = metadata.get("tokenizer.ggml.token_type", [])
     controls = [token for token, kind in zip(tokens, kinds, strict=False) if kind == CONTROL]
     given |= {tokens.index(token) for token in END_OF_TURN if token in controls}
@@ -288,8 +290,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Seque
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
     scores = _get(metadata, "scores", np.ndarray)
-    if scores.shape != (len(tokens),) or scores.dtype.kind not in "iuf":
-        raise InputError(f"tokenizer.ggml.scores must have {len(tokens)} numbers, one for each token")
+    if scores.shape != (len(tokens),) or scores.dtype.kind not in "iuf" or not np.isfinite(scores).all():
+        raise InputError(f"tokenizer.ggml.scores must have {len(tokens)} finite numbers, one for each token")
     special = _special(metadata, tokens, adds_bos=True)
     # llama.cpp leaves the blanks of a text as they are.
     adds_space = _get(metadata, "add_space_prefix", bool, True)
@@ -309,13 +311,15 @@ def _special(metadata: Mapping[str, Any], tokens: Sequence[str], *, adds_bos: bo
         named[f"{name}_token"] = None if i is None else tokens[i]
     add_bos = _get(metadata, "add_bos_token", bool, adds_bos)
     template = metadata.get("tokenizer.chat_template")
-    return named | {"add_bos": add_bos, "chat_template": template if isinstance(template, str) else None}
+    if not isinstance(template, str | None):
+        raise InputError(f"tokenizer.chat_template ({type(template).__name__}) must be a text")
+    return named | {"add_bos": add_bos, "chat_template": template}
 
 
 def _special_id(metadata: Mapping[str, Any], name: str, tokens: Sequence[str]) -> int | None:
     i = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
-        shown = i if isinstance(i, int) else type(i).__name__
+    if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+        shown = i if type(i) is int else type(i).__name__
         raise InputError(f"tokenizer.ggml.{name}_token_id ({shown}) is not among the {len(tokens)} tokens")
     return i
 

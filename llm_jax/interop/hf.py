@@ -10,34 +10,19 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from llm_jax.config import SampleConfig
 from llm_jax.errors import InputError
-from llm_jax.files import write_whole
+from llm_jax.files import read_json, write_whole
 from llm_jax.interop.families import Family
 from llm_jax.interop.tensors import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts them
+REPAIR = "repair it, or get it again"
 READABLE = ("F32", "F16", "BF16")
 # Constants that older versions of transformers saved with the weights.
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object of a JSON file.
-
-    Raises:
-        InputError: it can't be read, is no JSON, or holds something else.
-    """
-    try:
-        values = json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{file} can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no JSON object")
-    return values
 
 
 class Safetensors:
@@ -82,7 +67,7 @@ class Safetensors:
             pickled = next(folder.glob("pytorch_model*.bin"), None)
             remedy = f"; {pickled.name} may run code when it is opened, and is not" if pickled else ""
             raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}{remedy}")
-        places = read_json(folder / INDEX).get("weight_map")
+        places = read_json(folder / INDEX, remedy=REPAIR).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise InputError(f"{folder / INDEX} has no weight_map of file names")
         names = sorted(set(places.values()))
@@ -158,28 +143,63 @@ GENERATION = {
     "min_p": ("min_p", None),
     "repetition_penalty": ("repetition_penalty", None),
 }
+TOP_K = 50  # what transformers takes where a model is to be sampled and the file does not say
+LENGTHS = ("max_new_tokens", "min_new_tokens")
+# Its other keys that are of no consequence for a text, by themselves; the second: with these values.
+GENERATION_IGNORED = frozenset(
+    "_from_model_config bos_token_id cache_config cache_implementation chat_format compile_config "
+    "decoder_start_token_id do_sample eos_token_id max_length output_attentions output_hidden_states output_logits "
+    "output_scores pad_token_id return_dict_in_generate transformers_version trust_remote_code use_cache".split()
+)
+GENERATION_NEUTRAL = {
+    "diversity_penalty": 0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "length_penalty": 1,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "remove_invalid_values": False,
+    "typical_p": 1,
+}
 
 
-def read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """SampleConfig's fields: how the model's makers sample from it, and what ends a text."""
+def read_generation(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """How the model's makers sample from it, and what ends a text.
+
+    Returns:
+        SampleConfig's fields, and the keys of generation_config.json that are not known here and change a text.
+    """
     file = folder / "generation_config.json"
-    given = read_json(file) if file.is_file() else {}
-    fields: dict[str, Any] = {}
+    given = read_json(file, remedy=REPAIR) if file.is_file() else {}
+    given = {key: value for key, value in given.items() if value is not None}
+    fields: dict[str, Any] = {key: given[key] for key in LENGTHS if key in given}
     if given.get("do_sample"):
         for key, (field, none) in GENERATION.items():
-            if given.get(key) is not None:
-                fields[field] = None if none is not None and given[key] == none else given[key]
+            value = given.get(key, TOP_K if key == "top_k" else None)
+            if value is not None:
+                fields[field] = None if none is not None and value == none else value
     else:
         fields["temperature"] = 0.0  # greedy, as transformers then is
+        if "repetition_penalty" in given:
+            fields["repetition_penalty"] = given["repetition_penalty"]
     stop = given.get("eos_token_id", config.get("eos_token_id"))
     if stop is not None:
         fields["stop_tokens"] = tuple(stop) if isinstance(stop, list) else (stop,)
-    return fields
+    known = {*GENERATION, *LENGTHS, *GENERATION_IGNORED}
+    neutral = [key for key, value in given.items() if GENERATION_NEUTRAL.get(key) == value]
+    return fields, [key for key in given if key not in known and key not in neutral]
 
 
 def write_generation(fields: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json of SampleConfig's fields; greedy is not to sample."""
-    given = {"do_sample": fields["temperature"] > 0}
+    given = {"do_sample": fields["temperature"] > 0, "repetition_penalty": fields["repetition_penalty"]}
+    given |= {key: fields[key] for key in LENGTHS if fields[key] != getattr(SampleConfig, key)}
     if given["do_sample"]:
         given |= {key: none if fields[field] is None else fields[field] for key, (field, none) in GENERATION.items()}
     return given

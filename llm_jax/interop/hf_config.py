@@ -1,12 +1,12 @@
 """config.json of a Hugging Face folder <-> fields of ModelConfig. What is not known is refused by name."""
 
 import math
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_jax.config import LAYER_TYPES, ModelConfig, freeze
 from llm_jax.errors import InputError
+from llm_jax.interop import hf_rope
 from llm_jax.interop.families import FAMILIES, FULL, SLIDING, Family
 from llm_jax.interop.network import WRONG_KIND, check_counts, differences, period
 
@@ -30,39 +30,14 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 IGNORED = frozenset(
     "_name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id cache_implementation "
     "chunk_size_feed_forward classifier_dropout dtype embd_pdrop embedding_dropout eos_token_id finetuning_task "
-    "gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder is_llama_config "
+    "gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config "
     "label2id model_type n_ctx output_attentions output_hidden_states output_router_logits pad_token_id "
-    "pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict rope_interleaved "
+    "pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict "
     "router_aux_loss_coef router_jitter_noise sep_token_id summary_activation summary_first_dropout "
     "summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers.js_config "
-    "transformers_version unk_token_id use_cache use_mrope n_special predict_special_tokens output_past _num_labels "
+    "transformers_version unk_token_id use_cache n_special predict_special_tokens output_past _num_labels "
     "_attn_implementation attention_probs_dropout_prob hidden_dropout_prob unsloth_fixed unsloth_version".split()
 )
-ROPE_TYPES = {"default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
-ROPE_TYPES |= {"longrope": "longrope", "su": "longrope"}
-ROPE_KEYS = {
-    "linear": {"factor": "rope_factor"},
-    "llama3": {
-        "factor": "rope_factor",
-        "original_max_position_embeddings": "rope_original_length",
-        "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-    },
-    "yarn": {
-        "factor": "rope_factor",
-        "original_max_position_embeddings": "rope_original_length",
-        "beta_fast": "rope_beta_fast",
-        "beta_slow": "rope_beta_slow",
-        "attention_factor": "rope_attention_factor",
-    },
-    "longrope": {
-        "factor": "rope_factor",
-        "original_max_position_embeddings": "rope_original_length",
-        "attention_factor": "rope_attention_factor",
-        "short_factor": "rope_short_factors",
-        "long_factor": "rope_long_factors",
-    },
-}
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -106,7 +81,7 @@ def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
         raise InputError(f"config.json: {error}") from None
     fields["mlp"] = _mlp(family, given)
     if fields.get("use_rope", True):
-        fields |= _rope(family, given)
+        fields |= hf_rope.read_rope(family, given)
         fields |= _layers(family, given)
         if SLIDING not in fields.get("layer_types", ()):
             fields.pop("rope_local_theta", None)
@@ -174,9 +149,9 @@ def _other_keys(family: Family) -> set[str]:
     """Keys that functions below read."""
     keys = {family.activation}
     if family.fixed.get("use_rope", True):
-        keys |= {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+        keys |= hf_rope.keys(family)
     if family.local_theta is not None:
-        keys |= {"rope_local_base_freq", "_sliding_window_pattern"}
+        keys |= {"_sliding_window_pattern"}
     if family.lists_layer_types:
         keys |= {"layer_types"}
     return keys
@@ -239,61 +214,6 @@ def _for_each_layer(key: str, values: Any, n_layer: int) -> Sequence[Any]:
     return values
 
 
-def _rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
-    """In both spellings: one dict since transformers 5, two or more keys before."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(given.get(key), dict | types.NoneType):
-            raise InputError(f"config.json: {key} ({given[key]!r}) must be an object")
-    nested = given.get("rope_parameters") or {}
-    local: dict[str, Any] = {}
-    if "full_attention" in nested or "sliding_attention" in nested:
-        local, nested = nested.get("sliding_attention") or {}, nested.get("full_attention") or {}
-    rope = dict(given.get("rope_scaling") or {}) | dict(nested)
-    theta, fraction = rope.pop("rope_theta", None), rope.pop("partial_rotary_factor", None)
-    theta = theta or given.get("rope_theta") or given.get("rotary_emb_base") or family.theta
-    fraction = fraction or given.get("partial_rotary_factor") or given.get("rotary_pct")
-    kind, legacy = rope.pop("rope_type", None), rope.pop("type", None)
-    kind = kind or legacy or "default"
-    if kind not in ROPE_TYPES:
-        raise InputError(f"config.json: rope_type ({kind!r}) must be one of {', '.join(ROPE_TYPES)}")
-    fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": ROPE_TYPES[kind]}
-    head_dim = given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
-    if fraction is not None and fraction != 1 and family.rotary_fraction is None:
-        raise InputError(f"config.json: {family.model_type} has no partial_rotary_factor ({fraction})")
-    fields["rope_dim"] = int(head_dim * (fraction or family.rotary_fraction or 1))
-    if kind == "yarn":
-        rope = _yarn(rope)
-    if kind in ("llama3", "yarn", "su", "longrope"):
-        outside = given.get("original_max_position_embeddings")
-        length = outside or rope.get("original_max_position_embeddings") or given["max_position_embeddings"]
-        rope["original_max_position_embeddings"] = length
-        if ROPE_TYPES[kind] == "longrope" and rope.get("factor") is None:
-            rope["factor"] = max(1.0, given["max_position_embeddings"] / length)
-    keys = ROPE_KEYS.get(ROPE_TYPES[kind], {})
-    for key, value in rope.items():
-        if key in keys:
-            fields[keys[key]] = value
-        elif not _is_unset(value) and key not in ("factor", "original_max_position_embeddings"):
-            raise InputError(f"config.json: rope's {key} ({value!r}) is not known of rope_type {kind!r}")
-    if family.local_theta is not None:
-        if local.get("rope_type", "default") != "default":
-            raise InputError(f"config.json: rope_type ({local['rope_type']!r}) of sliding layers must be 'default'")
-        local_theta = local.get("rope_theta") or given.get("rope_local_base_freq") or family.local_theta
-        fields["rope_local_theta"] = float(local_theta)
-    return fields
-
-
-def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
-    """With attention_factor in the place of the two numbers that it may be given by."""
-    mscale, mscale_all = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-    if rope.pop("truncate", True) is not True:
-        raise InputError("config.json: rope's truncate (False) is not known of rope_type 'yarn'")
-    if rope.get("attention_factor") is None and mscale and mscale_all:
-        log = 0.1 * math.log(rope["factor"])
-        rope["attention_factor"] = (mscale * log + 1) / (mscale_all * log + 1)
-    return {key: value for key, value in rope.items() if value is not None}
-
-
 def _config(family: Family, model: ModelConfig) -> dict[str, Any]:
     """config.json of a model as one of the family; what the family can't say is left out."""
     config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
@@ -311,7 +231,7 @@ def _config(family: Family, model: ModelConfig) -> dict[str, Any]:
         scalar = model.head_dim if model.attn_scale is None else model.attn_scale**-2
         whole = round(scalar)
         config["query_pre_attn_scalar"] = whole if math.isclose(scalar, whole, rel_tol=1e-9) else scalar
-    config |= _rope_config(family, model)
+    config |= hf_rope.write_rope(family, model)
     if family.layer_types is not None:
         kinds = [model.layer_types[layer % len(model.layer_types)] for layer in range(model.n_layer)]
         config["sliding_window"] = model.window
@@ -327,32 +247,3 @@ def _config(family: Family, model: ModelConfig) -> dict[str, Any]:
         ropes = [model.rope_layers[layer % len(model.rope_layers)] for layer in range(model.n_layer)]
         config["no_rope_layers"] = [int(has_rope) for has_rope in ropes]
     return config
-
-
-def _rope_config(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """In both spellings, so that older readers open it too."""
-    rope = {key: getattr(model, field) for key, field in ROPE_KEYS.get(model.rope_scaling, {}).items()}
-    kind = next((name for name, scaling in ROPE_TYPES.items() if scaling == model.rope_scaling), "default")
-    rope = {"rope_type": kind} | {key: value for key, value in rope.items() if value is not None}
-    theta = model.rope_theta
-    fraction = {}
-    if model.rope_dim is not None and family.rotary_fraction is not None:
-        fraction = {"partial_rotary_factor": _fraction(model)}
-    parameters: dict[str, Any] = {"rope_theta": theta, **fraction, **rope}
-    older: dict[str, Any] = {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope, **fraction}
-    if family.local_theta is not None:
-        local = model.rope_local_theta or theta
-        older["rope_local_base_freq"] = local
-        parameters = {
-            "full_attention": parameters,
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
-        }
-    if family.model_type == "gpt_neox":
-        older |= {"rotary_emb_base": theta, "rotary_pct": _fraction(model)}
-    return older | {"rope_parameters": parameters}
-
-
-def _fraction(model: ModelConfig) -> float:
-    """Of the channels that turn; its readers multiply and cut."""
-    fraction = model.rope_dim / model.head_dim
-    return fraction if int(fraction * model.head_dim) == model.rope_dim else math.nextafter(fraction, 1)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from mutations import with_other_values
 from reference import CASES, MODELS, TOKENS, VOCAB, make
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -13,6 +14,7 @@ import llm_jax
 from llm_jax import pretrained, published
 from llm_jax.config import in_dtype
 from llm_jax.errors import InputError
+from llm_jax.interop import gguf_model
 from llm_jax.interop.gguf import read_gguf
 from llm_jax.tokenizers import Tokenizer, byte_tokenizer
 
@@ -81,6 +83,25 @@ def test_what_llama_cpp_has_no_counterpart_of_is_named(name, i, tokenizer, tmp_p
         written(lm, tmp_path / "model.gguf", tokenizer)
     assert REFUSED[name, i] in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_value_of_the_metadata_may_be_another(name, tokenizer, tmp_path):
+    """Each a number, a text, a list, ... in the place of each: read, or told of."""
+    _, lm = make(name, 0)
+    file = read_gguf(written(lm, tmp_path / "model.gguf", tokenizer))
+    sound = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer")}
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    opened = 0
+    for changed in with_other_values(sound):
+        try:
+            gguf_model.read_model(
+                {key: value for key, value in changed.items() if value is not None}, shapes, file.read
+            )
+            opened += 1
+        except InputError as error:
+            assert "\n" not in str(error)
+    assert opened > len(sound)  # the values that mean nothing here, and those that are as good
 
 
 def test_every_family_is_written():

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers
 
 from llm_jax.errors import InputError
 from llm_jax.interop.gguf import write_gguf
-from llm_jax.interop.gguf_tokenizer import PRE, gguf_metadata, tokenizer_from_gguf
+from llm_jax.interop.gguf_tokenizer import PRE, gguf_metadata, stop_tokens, tokenizer_from_gguf
 from llm_jax.sentencepiece import BYTE, BYTE_PIECES, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, build
 from llm_jax.tokenizers import Tokenizer, _byte_alphabet, train_bpe
 
@@ -221,11 +221,33 @@ def test_keys_of_any_type_are_read_or_refused(byte_level, kind):
         for metadata in [missing, *(sound | {key: value} for value in JUNK)]:
             try:
                 tokenizer_from_gguf(metadata).encode("ab é")
+                stop_tokens(metadata)
                 loaded += 1
             except InputError as error:
                 assert "\n" not in str(error)
                 refused += 1
-    assert loaded > 20 and refused > 50
+    assert loaded > 10 and refused > 50
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("token_type", np.full(340, 9)),
+        ("token_type", np.full(340, 1.0)),
+        ("scores", np.full(340, np.nan)),
+        ("eos_token_id", True),
+        ("eot_token_id", 340),
+        ("add_bos_token", 1),
+        ("chat_template", 5),
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_kind_are_refused(key, value):
+    name = f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}"
+    metadata = gguf_metadata(sentencepiece_like(), 340) | {name: value}
+    with pytest.raises(InputError, match=name):
+        tokenizer_from_gguf(metadata)
+        stop_tokens(metadata)
 
 
 def test_our_own_way_of_splitting_has_no_counterpart():

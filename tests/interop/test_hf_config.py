@@ -6,6 +6,7 @@ import json
 import pytest
 
 from llm_jax.config import SampleConfig
+from llm_jax.errors import InputError
 from llm_jax.interop.hf import read_generation, write_generation
 from llm_jax.interop.hf_config import read_config, write_config
 
@@ -499,6 +500,162 @@ PUBLISHED = {
         },
         dict(n_expert=64, normalize_experts=False, qk_norm_axes="width"),
     ),
+    "phi4-mini": (
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+            "embd_pdrop": 0.0,
+            "full_attn_mod": 1,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "phi3",
+            "num_attention_heads": 24,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 199999,
+            "partial_rotary_factor": 0.75,
+            "resid_pdrop": 0.0,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {"type": "longrope", "long_factor": [2.0] * 48, "short_factor": [1.0] * 48},
+            "rope_theta": 10000.0,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 200064,
+        },
+        dict(rope_dim=96, head_dim=128, rope_factor=32.0, tie_embeddings=True),
+    ),
+    "qwen3-coder-30b-a3b": (
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 5472,
+            "max_position_embeddings": 262144,
+            "max_window_layers": 28,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "output_router_logits": False,
+            "qkv_bias": False,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 10000000,
+            "router_aux_loss_coef": 0.0,
+            "shared_expert_intermediate_size": 0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_qk_norm": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        dict(n_expert=128, qk_norm=True, rope_theta=10000000.0),
+    ),
+    "gemma2-9b": (
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "attention_bias": False,
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 8192,
+            "model_type": "gemma2",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 42,
+            "num_key_value_heads": 8,
+            "pad_token_id": 0,
+            "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "sliding_window_size": 4096,
+            "torch_dtype": "float32",
+            "vocab_size": 256000,
+        },
+        dict(window=4096, attn_scale=None, n_layer=42),
+    ),
+    "gemma2-27b": (
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "attention_bias": False,
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "head_dim": 128,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 4608,
+            "intermediate_size": 36864,
+            "max_position_embeddings": 8192,
+            "model_type": "gemma2",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 46,
+            "num_key_value_heads": 16,
+            "pad_token_id": 0,
+            "query_pre_attn_scalar": 144,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "sliding_window_size": 4096,
+            "torch_dtype": "float32",
+            "use_cache": True,
+            "vocab_size": 256000,
+            "_attn_implementation": "eager",
+        },
+        dict(attn_scale=144**-0.5, head_dim=128),
+    ),
+    "llama3.2-1b": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 128256,
+        },
+        dict(rope_factor=32.0, tie_embeddings=True, head_dim=64),
+    ),
 }
 
 
@@ -513,6 +670,60 @@ def test_a_published_config_becomes_these_fields_and_is_written_back(name):
     assert read_config(written)[1] == model
 
 
+SCALED = PUBLISHED["llama3.1"][0]["rope_scaling"]
+
+
+def without(rope, key):
+    return {name: value for name, value in rope.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "name, changed, message",
+    [
+        ("llama3.1", {"rope_theta": 0}, "model.rope_theta"),
+        ("llama3.1", {"rope_theta": "10000"}, "rope_theta ('10000') must be a number"),
+        ("llama3.1", {"rope_theta": float("nan")}, "rope_theta (nan) must be a number"),
+        ("llama3.1", {"rope_theta": True}, "rope_theta (True) must be"),
+        ("llama3.1", {"rope_scaling": without(SCALED, "factor")}, "rope_type 'llama3' needs factor"),
+        ("llama3.1", {"rope_scaling": without(SCALED, "low_freq_factor")}, "needs low_freq_factor"),
+        ("llama3.1", {"rope_scaling": SCALED | {"factor": [8.0]}}, "factor ([8.0]) must be a number"),
+        ("llama3.1", {"rope_scaling": SCALED | {"factor": 0.5}}, "model.rope_factor (0.5)"),
+        ("llama3.1", {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
+        ("llama3.1", {"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn' needs factor"),
+        ("llama3.1", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type ('dynamic') must be one of"),
+        ("llama3.1", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "rope_type twice"),
+        ("llama3.1", {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor (2.0) is not known"),
+        ("llama3.1", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta (1.0) is not known"),
+        ("llama3.1", {"rope_parameters": SCALED | {"rope_theta": 1e4}}, "rope_theta twice, 500000.0 and 10000.0"),
+        ("llama3.1", {"rope_parameters": SCALED | {"factor": 2.0}}, "factor twice, 2.0 and 8.0"),
+        ("llama3.1", {"rope_parameters": {"full_attention": SCALED}}, "full_attention is not known of llama"),
+        ("llama3.1", {"rope_parameters": 5}, "rope_parameters (5) must be an object"),
+        ("llama3.1", {"partial_rotary_factor": 0.5}, "llama has no partial_rotary_factor"),
+        ("llama3.1", {"is_encoder_decoder": True}, "is_encoder_decoder (True) is not known"),
+        ("llama3.1", {"use_mrope": True}, "use_mrope (True) is not known"),
+        ("llama3.1", {"rope_interleaved": True}, "rope_interleaved (True) is not known"),
+        ("llama3.1", {"vocab_size": 10**12}, "model.vocab_size (1000000000000) must be at most"),
+        ("llama3.1", {"max_position_embeddings": 10**30}, "must be at most"),
+        ("phi3-128k", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48}}, "needs long_factor"),
+        ("phi3-128k", {"full_attn_mod": 2}, "full_attn_mod (2) must be 1"),
+        ("pythia", {"rotary_pct": 0.5, "partial_rotary_factor": 0.25}, "partial_rotary_factor twice"),
+        ("pythia", {"rotary_pct": 1.5}, "rope_dim"),
+        (
+            "gemma3-1b",
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 5}}},
+            "rope_theta twice, 10000.0 and 5.0",
+        ),
+        ("gemma3-1b", {"rope_parameters": {"sliding_attention": 5}}, "(5) must be an object"),
+        ("qwen3moe", {"shared_expert_intermediate_size": 512}, "shared_expert_intermediate_size (512) must be"),
+        ("qwen3moe", {"use_qk_norm": False}, "use_qk_norm (False) must be True"),
+    ],
+)
+def test_what_is_not_known_or_wrong_is_told_of(name, changed, message):
+    with pytest.raises(InputError) as caught:
+        read_config(COMMON | PUBLISHED[name][0] | changed)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "given, fields",
     [
@@ -521,16 +732,34 @@ def test_a_published_config_becomes_these_fields_and_is_written_back(name):
             {"temperature": 0.6, "top_k": None, "top_p": 0.9, "stop_tokens": (7, 9)},
         ),
         ({"do_sample": True, "top_k": 50, "top_p": 1.0}, {"top_k": 50, "top_p": None, "stop_tokens": (2,)}),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.6, "top_k": 50, "stop_tokens": (2,)}),
         ({"temperature": 0.6, "top_k": 50}, {"temperature": 0.0, "stop_tokens": (2,)}),  # not sampled by
+        (
+            {"repetition_penalty": 1.1, "max_new_tokens": 2048, "min_new_tokens": 3},
+            {
+                "temperature": 0.0,
+                "repetition_penalty": 1.1,
+                "max_new_tokens": 2048,
+                "min_new_tokens": 3,
+                "stop_tokens": (2,),
+            },
+        ),
     ],
-    ids=["zero is off", "one is off", "greedy"],
+    ids=["zero is off", "one is off", "transformers' own top_k", "greedy", "greedy with a penalty"],
 )
 def test_generation_config(tmp_path, given, fields):
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
-    assert read_generation(tmp_path, {"eos_token_id": 2}) == fields
+    assert read_generation(tmp_path, {"eos_token_id": 2}) == (fields, [])
     sample = dataclasses.asdict(SampleConfig(**fields))
     (tmp_path / "generation_config.json").write_text(json.dumps(write_generation(sample)))
-    again = read_generation(tmp_path, {"eos_token_id": 2})
+    again, unknown = read_generation(tmp_path, {"eos_token_id": 2})
+    assert not unknown
     assert {name: again[name] for name in fields if name != "stop_tokens"} == {
         name: value for name, value in fields.items() if name != "stop_tokens"
     }
+
+
+def test_what_is_not_known_of_generation_config_is_told_of(tmp_path):
+    given = {"num_beams": 4, "typical_p": 1.0, "suppress_tokens": [5], "pad_token_id": 0, "no_repeat_ngram_size": 0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    assert read_generation(tmp_path, {})[1] == ["num_beams", "suppress_tokens"]

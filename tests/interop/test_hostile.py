@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from mutations import CHANGES, mutate
+from mutations import CHANGES, mutate, with_other_values
 
 import llm_jax
 from llm_jax.config import freeze
@@ -111,7 +111,7 @@ def test_pickled_weights_are_not_opened(copy):
         ({"hidden_act": "swishy"}, ["hidden_act ('swishy')"]),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type ('dynamic')"]),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "odd": 1}}, ["odd"]),
-        ({"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor (0.5)"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor (0.5)"]),
         ({"rope_parameters": "x"}, ["rope_parameters"]),
         ({"sliding_window": 4}, ["sliding_window (4)"]),
         ({"hidden_size": "8"}, ["n_embd", "'8'"]),
@@ -149,6 +149,33 @@ def opens_or_refuses(folder, copy, name, changes):
     assert peak < 2 * len(data) + 8 * 2**20  # Python's own objects, and the other files
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_every_value_may_be_another(folder, copy, name):
+    """Each a number, a text, a list, ... in the place of each: read, or told of."""
+    config = json.loads((copy / "config.json").read_text())
+    for changed in with_other_values(json.loads((copy / name).read_text())):
+        (copy / name).write_text(json.dumps(changed))
+        try:
+            if name == "config.json":
+                hf_config.read_config(changed)
+            elif name == "generation_config.json":
+                freeze({"sample": hf.read_generation(copy, config)[0]})
+            else:
+                load_tokenizer(copy)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.slow
+def test_every_value_of_a_config_may_be_another_and_the_model_opens_or_is_refused(folder, copy):
+    for changed in with_other_values(json.loads((folder / "config.json").read_text())):
+        (copy / "config.json").write_text(json.dumps(changed))
+        try:
+            open_model(copy)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
 SLOW = settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -164,7 +191,7 @@ def test_a_changed_file_opens_or_is_refused(folder, copy, name, changes):
 @given(changes=CHANGES)
 def test_ten_thousand_changed_safetensors_open_or_are_refused(folder, copy, changes):
     """Without the tracing that a whole model's shapes take."""
-    family, cfg = hf_config.read_config(hf.read_json(folder / "config.json"))
+    family, cfg = hf_config.read_config(json.loads((folder / "config.json").read_text()))
     data = mutate((folder / "model.safetensors").read_bytes(), changes)
     (copy / "model.safetensors").write_bytes(data)
     groups = list(tensors(family.rows, param_shapes_of(cfg)))
