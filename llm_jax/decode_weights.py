@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from llm_jax import model, ops
+from llm_jax import layers, model, ops
 from llm_jax.config import ModelConfig
 
 # Module -> matrices that are multiplied by at once. On a CPU a product with a small matrix takes one core.
@@ -39,7 +39,7 @@ def _layer(cfg: ModelConfig, int8: bool, blocks: model.Params, layer: Array) -> 
             inputs = -1 if names in (("o",), ("down",)) else 0
             flat = [m.reshape(-1, m.shape[-1]) if inputs else m.reshape(m.shape[0], -1) for m in matrices]
             joined = jnp.concatenate([matrix.T for matrix in flat])
-            laid_out[module][model.joined(names)] = _quantized_or_cast(cfg, int8, joined)
+            laid_out[module][layers.joined(names)] = _quantized_or_cast(cfg, int8, joined)
     return laid_out
 
 

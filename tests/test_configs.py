@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import config, model
+from llm_jax import config, layers, model
 from llm_jax.config_file import load_file
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -57,7 +57,7 @@ def test_the_files_that_the_readme_names_are_there():
 def test_shapes(path):
     cfg = frozen_model(path)
     assert model.count_params(cfg) == closed_form(cfg)
-    sizes = model.axis_sizes(cfg)
+    sizes = layers.axis_sizes(cfg)
     axes, shapes = model.param_axes(cfg), model.param_shapes(cfg)
     assert jax.tree.structure(axes) == jax.tree.structure(shapes)
     for letters, leaf in zip(jax.tree.leaves(axes), jax.tree.leaves(shapes), strict=True):

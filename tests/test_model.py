@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import model, ops
+from llm_jax import layers, model, ops
 from llm_jax.config import MLPS, ModelConfig, freeze
 
 # Every size its own number, so that a mixed-up axis shows.
@@ -406,7 +406,7 @@ def test_remat_keeps_less_for_the_backward_pass_and_unrolling_takes_all_periods_
     assert kept("block") < kept("dots") < kept("none")
     assert kept("none") > 2 * kept("block")
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_recomputed", lambda cfg, function: function)
+        patch.setattr(layers, "_recomputed", lambda cfg, function: function)
         everything = kept("none")
     assert kept("none") < 0.8 * everything  # norms and MLP activations are computed again
 
@@ -451,7 +451,7 @@ ALL_VARIANTS = [*COMBINATIONS, *[c | EVERYTHING for c in COMBINATIONS], dict(mlp
 def test_axes_cover_every_parameter_and_give_its_shape(values):
     cfg = make(**values | dict(n_layer=3))
     sizes = dict(V=13, C=9, D=20, N=6, K=2, H=4, F=28, L=3, E=cfg.n_expert)
-    assert model.axis_sizes(cfg) == sizes
+    assert layers.axis_sizes(cfg) == sizes
     shapes = jax.tree.map(lambda leaf: leaf.shape, model.param_shapes(cfg), is_leaf=lambda x: hasattr(x, "shape"))
     expected = jax.tree.map(lambda letters: tuple(sizes[axis] for axis in letters), model.param_axes(cfg))
     assert shapes == expected
@@ -465,7 +465,7 @@ def test_a_parameter_without_axes_is_an_error(monkeypatch):
         patch.setattr(model, "param_shapes", lambda cfg: extra)
         with pytest.raises(ValueError, match=r"blocks/mlp/scale \(2, 28\).*AXES"):
             model.param_axes(cfg)
-    monkeypatch.delitem(model.AXES, "mlp/up")
+    monkeypatch.delitem(layers.AXES, "mlp/up")
     with pytest.raises(KeyError, match="mlp/up"):
         model.param_axes(cfg)
 
@@ -616,7 +616,7 @@ def test_gelu_is_x_times_the_normal_distribution():
     exact = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x]
     density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     slope = x * density + [0.5 * math.erfc(-value / math.sqrt(2)) for value in x]
-    gelu, _ = model.MLPS["gelu"]
+    gelu, _ = layers.MLPS["gelu"]
     x32 = jnp.asarray(x, jnp.float32)
     np.testing.assert_allclose(gelu(x32), exact, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x32), slope, atol=1e-6)

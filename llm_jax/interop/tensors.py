@@ -19,7 +19,7 @@ INPUTS = {"attn/o": 2}  # axes that a matrix takes in, the first of its axes; of
 class Row(NamedTuple):
     """One kind of foreign tensor.
 
-    ours: the parameters in it, joined along their outputs, as model.AXES names them.
+    ours: the parameters in it, joined along their outputs, as layers.AXES names them.
     foreign: its name, with {layer} and {expert} where there is one for each.
     layout: of LAYOUTS.
     """
