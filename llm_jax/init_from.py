@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_jax import model, pretrained, run_folder
-from llm_jax.config import Config, DataConfig, ModelConfig, check_seq_len, freeze
+from llm_jax.config import Config, DataConfig, ModelConfig
+from llm_jax.config_rules import check_seq_len, freeze
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import Tokenizer
 

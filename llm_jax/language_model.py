@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llm_jax import checkpoint, decode_weights, decoding, engine, export, model, pretrained, published, run_folder
-from llm_jax.config import CACHE_DTYPES, WEIGHTS, Config, ModelConfig, stretched
+from llm_jax.config import CACHE_DTYPES, WEIGHTS, Config, ModelConfig
+from llm_jax.config_rules import stretched
 from llm_jax.errors import InputError
 from llm_jax.text_model import TextModel
 from llm_jax.tokenizers import Tokenizer, load_tokenizer

@@ -10,8 +10,8 @@ from pathlib import Path
 from absl import flags as absl_flags
 
 from llm_jax import cpu, flags
-from llm_jax.config import freeze
 from llm_jax.config_file import load_file, override
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 
 _CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/small.py.")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import model, run_folder
-from llm_jax.config import Config, freeze, in_dtype
+from llm_jax.config import Config
+from llm_jax.config_rules import freeze, in_dtype
 from llm_jax.errors import InputError
 from llm_jax.files import read_json
 from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, llama2c

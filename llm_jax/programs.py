@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Int, UInt
 
 from llm_jax import cpu, data, model, ops, optim, sharding, train_step
-from llm_jax.config import Config, ModelConfig, split_runs
+from llm_jax.config import Config, ModelConfig
+from llm_jax.config_rules import split_runs
 from llm_jax.errors import InputError
 
 # Logits that the loss takes at a time, on each device. Every chunk adds to the whole gradient of the output matrix,
@@ -30,8 +31,8 @@ INIT_OPTIONS = {"xla_backend_optimization_level": 1}
 class Programs(NamedTuple):
     """Compiled for the mesh: the state on every device, the batch split over them.
 
-    Of R > 1 runs in one program (`config.split_runs`) every leaf of state, batch, metrics and sums has a leading
-    axis R, but for the batch of an evaluation, which is the same for all.
+    Of R > 1 runs in one program (`config_rules.split_runs`) every leaf of state, batch, metrics and sums has a
+    leading axis R, but for the batch of an evaluation, which is the same for all.
     """
 
     init: Callable[[], train_step.TrainState]

@@ -8,7 +8,8 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from llm_jax import checkpoint, model
-from llm_jax.config import Config, as_dict, freeze, split_runs
+from llm_jax.config import Config, as_dict
+from llm_jax.config_rules import freeze, split_runs
 from llm_jax.errors import InputError
 from llm_jax.files import write_whole
 from llm_jax.tokenizers import Tokenizer, load_tokenizer

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from llm_jax import checkpoint, run_folder, sharding
-from llm_jax.config import Config, split_runs
+from llm_jax.config import Config
+from llm_jax.config_rules import split_runs
 from llm_jax.errors import InputError
 from llm_jax.progress import say
 from llm_jax.tokenizers import Tokenizer

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from llm_jax import data, init_from, model, run_folder, sharding, train_step
 from llm_jax.cache import cache_folder, keep_compiled_programs
-from llm_jax.config import Config, as_dict, freeze
+from llm_jax.config import Config, as_dict
 from llm_jax.config_file import load_file
+from llm_jax.config_rules import freeze
 from llm_jax.corpus import Corpus, prepare
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
@@ -404,9 +405,7 @@ class _Loop:
 _Item, _Made = TypeVar("_Item"), TypeVar("_Made")
 
 
-def _ahead(
-    pool: Executor, make: Callable[[_Item], _Made], items: Iterable[_Item]
-) -> Iterator[tuple[_Item, _Made]]:
+def _ahead(pool: Executor, make: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Made]]:
     """(item, make(item)) in order, with some of them made in the pool before they are asked for."""
     made: deque[Future[tuple[_Item, _Made]]] = deque()
     for item in items:

@@ -8,9 +8,10 @@ import signal
 import pytest
 from commands import REPOSITORY, Commands
 
-from llm_jax import config, model
+from llm_jax import model
 from llm_jax.bench import contenders, llama_cpp, torch_peers, training
-from llm_jax.config import MLPS, freeze
+from llm_jax.config import MLPS
+from llm_jax.config_rules import freeze
 from llm_jax.cpu import cores
 from llm_jax.errors import InputError
 
@@ -367,7 +368,7 @@ def test_a_peers_micro_batches_give_the_gradient_of_the_batch(tiny):
     grads = []
     for accumulation_steps in (1, 4):
         changes = {"train.accumulation_steps": accumulation_steps, "model.vocab_size": 64, "optim.grad_clip": 0}
-        peer = torch_peers.Training(config.freeze(tiny(**changes)), "cpu", 1, False)
+        peer = torch_peers.Training(freeze(tiny(**changes)), "cpu", 1, False)
         peer._optimizer.zero_grad = lambda **how: None  # leaves the gradients to look at
         peer._run(1)
         grads.append([p.grad for p in peer._params])

@@ -4,8 +4,9 @@ import json
 import pytest
 
 from llm_jax import config
-from llm_jax.config import Config, as_dict, default, freeze
+from llm_jax.config import Config, as_dict, default
 from llm_jax.config_file import load_file
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 
 FIELDS = {

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import config, layers, model
+from llm_jax import layers, model
 from llm_jax.config_file import load_file
+from llm_jax.config_rules import freeze
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 CHARACTERS = {"tinyshakespeare": 65, "python_stdlib": 215}  # the second on Python 3.11
@@ -31,7 +32,7 @@ def load(path, data_path):
 def frozen_model(path):
     """The model's part, with the vocabulary that its tokenizer has on the corpus it is for."""
     source = load_file(str(path)).data.source
-    cfg = config.freeze(load(path, "some.txt"))
+    cfg = freeze(load(path, "some.txt"))
     sizes = {"byte": 256, "bpe": cfg.data.vocab_size, "char": CHARACTERS.get(source)}
     return dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or sizes[cfg.data.tokenizer])
 
@@ -142,7 +143,7 @@ def test_one_step(path, tmp_path, one_device, capfd):
 def test_a_config_without_its_text_says_how_to_give_it():
     for name in ("gpt2_124m", "llama_1b"):
         with pytest.raises(llm_jax.InputError, match=r"--config\.data\.path="):
-            config.freeze(load_file(str(FILES[0].parent / f"{name}.py")))
+            freeze(load_file(str(FILES[0].parent / f"{name}.py")))
 
 
 def test_shards_without_their_tokenizer_say_how_to_give_it(tmp_path, one_device):

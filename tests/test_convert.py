@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import llm_jax
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 from llm_jax.model import init_params
 from llm_jax.tokenizers import Tokenizer, byte_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 from llm_jax import cpu
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 
 VARIABLE, TUNABLES = cpu.VARIABLE, cpu.TUNABLES
 

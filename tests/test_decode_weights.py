@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax import decode_weights, model, ops
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 
 SHAPE = dict(n_embd=32, n_head=4, n_kv_head=2, n_layer=2, block_size=32, vocab_size=50)
 

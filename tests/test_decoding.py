@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax import decode_weights, decoding, engine, generate, model
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 
 VOCAB = 40
 

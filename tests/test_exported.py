@@ -11,7 +11,7 @@ import pytest
 
 import llm_jax
 from llm_jax import model
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.tokenizers import byte_tokenizer

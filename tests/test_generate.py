@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax import generate, model
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 from llm_jax.generate import SamplingConfig
 
 COMBINATIONS = [(r, n) for r in (True, False) for n in (True, False)]

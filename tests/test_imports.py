@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "llm_jax"
 ROWS = [
     {"files", "chat", "progress", "sampling_rules", "sentencepiece"},
     {"ops", "config", "tokenizers", "cache"},
-    {"sharding", "cpu", "config_file", "documents", "continuation"},
+    {"sharding", "cpu", "config_file", "config_rules", "documents", "continuation"},
     {"layers"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},
     {"train_step", "generate", "report", "run_folder", "decode_weights"},
@@ -27,6 +27,7 @@ ROWS = [
     {"main", "sample", "convert", "plan", "bench", "evaluate", "serve", "compare"},
 ]
 COMMANDS = ROWS[-1]
+NUMPY_ONLY = {"documents", "corpus", "data", "tokenizers", "interop", "config", "config_file", "config_rules"}
 FILES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -67,7 +68,7 @@ def test_outside_packages_are_imported_where_they_belong(name):
     roots = {dotted.split(".")[0] for dotted in imports(FILES[name])}
     if module(name) == "ops":
         assert not roots & {"flax", "optax", "orbax", "ml_collections", "grain", "tokenizers", "absl"}
-    if module(name) in ("documents", "corpus", "data", "tokenizers", "interop", "config", "config_file"):
+    if module(name) in NUMPY_ONLY:
         assert not roots & {"jax", "flax"}  # numpy in, numpy out
     if module(name) not in COMMANDS | {"flags"}:
         assert "absl" not in roots

@@ -8,7 +8,7 @@ import pytest
 
 import llm_jax
 from llm_jax import engine, model
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
@@ -530,7 +530,6 @@ def test_learned_positions_go_on_past_block_size():
             dict(logit_bias={i: -math.inf for i in range(256) if i != 5}, stop_tokens=[5], min_new_tokens=4),
             "besides stop_tokens",
         ),
-
         (dict(stop_strings="a"), "stop_strings ('a')"),
         (dict(stop_tokens=[256]), "stop_tokens"),
         (dict(stop_tokens=[-1]), "stop_tokens"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import REPOSITORY, Commands
 
-from llm_jax import config
+from llm_jax.config_rules import freeze
 
 TINY = REPOSITORY / "configs" / "tiny.py"
 # A constant rate after the warm-up leaves train.num_steps out of the program, which then is compiled once.
@@ -106,7 +106,7 @@ def last_step(workdir):
 
 def test_files_of_a_run(unstopped):
     workdir, _ = unstopped
-    assert config.freeze(json.loads((workdir / "config.json").read_text())).model.vocab_size == 256
+    assert freeze(json.loads((workdir / "config.json").read_text())).model.vocab_size == 256
     assert json.loads((workdir / "tokenizer.json").read_text())["model"]["type"] == "BPE"
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     steps = {int(path.name) for path in (workdir / "checkpoints").iterdir()}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llm_jax import layers, model, ops
-from llm_jax.config import MLPS, ModelConfig, freeze
+from llm_jax.config import MLPS, ModelConfig
+from llm_jax.config_rules import freeze
 
 # Every size its own number, so that a mixed-up axis shows.
 SHAPE = dict(n_embd=20, n_head=6, n_kv_head=2, head_dim=4, mlp_dim=28, n_layer=2, block_size=9, vocab_size=13)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax.config import freeze
 from llm_jax.config_file import load_file
+from llm_jax.config_rules import freeze
 
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOKS = ("quickstart", "pure_functions")

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from llm_jax import model, ops, optim, sharding
-from llm_jax.config import MeshConfig, OptimConfig, freeze
+from llm_jax.config import MeshConfig, OptimConfig
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 
 

@@ -10,9 +10,10 @@ import pytest
 from conftest import only_one_device
 
 import llm_jax
-from llm_jax import config as configs
 from llm_jax import programs, train
+from llm_jax.config import as_dict, default
 from llm_jax.config_file import override
+from llm_jax.config_rules import freeze, split_runs
 from llm_jax.errors import InputError
 from llm_jax.train import fit
 
@@ -129,28 +130,28 @@ def test_several_runs_on_several_devices(tiny, tmp_path):
 
 
 def test_split_runs():
-    config = configs.default()
+    config = default()
     config.optim.peak_lrs = (1e-3, 1)
     config.train.update({"seeds": 2, "seed": 5})
-    cfg = configs.freeze(config)
-    assert cfg.optim.final_lr is None and configs.freeze(configs.as_dict(cfg)) == cfg
-    runs = configs.split_runs(cfg)
+    cfg = freeze(config)
+    assert cfg.optim.final_lr is None and freeze(as_dict(cfg)) == cfg
+    runs = split_runs(cfg)
     assert [(run.optim.peak_lr, run.optim.final_lr, run.train.seed) for run in runs] == [
         (1e-3, 1e-4, 5),
         (1e-3, 1e-4, 6),
         (1.0, 0.1, 5),
         (1.0, 0.1, 6),
     ]
-    assert all(configs.split_runs(run) == (run,) == (configs.freeze(configs.as_dict(run)),) for run in runs)
-    assert configs.split_runs(configs.freeze({})) == (configs.freeze({}),)
+    assert all(split_runs(run) == (run,) == (freeze(as_dict(run)),) for run in runs)
+    assert split_runs(freeze({})) == (freeze({}),)
 
 
 @pytest.mark.parametrize("value", ["1e-3,0.001", "0", "-1,1", "nan", "inf", "", "x", "1e-3;1"])
 def test_impossible_peak_lrs(value):
     with pytest.raises(InputError, match="optim.peak_lrs"):
-        config = configs.default()
+        config = default()
         override(config, [f"optim.peak_lrs={value}"])
-        configs.freeze(config)
+        freeze(config)
 
 
 def test_mean_and_deviation():

@@ -12,7 +12,8 @@ import pytest
 from commands import Commands
 
 import llm_jax
-from llm_jax import config, model, run_folder, tokenizers
+from llm_jax import model, run_folder, tokenizers
+from llm_jax.config_rules import freeze
 from llm_jax.report import read_metrics
 
 
@@ -43,7 +44,7 @@ def untrained_bpe(tmp_path_factory):
     """A run folder whose tokenizer has BOS."""
     tokenizer = tokenizers.train_bpe(["a cat sees a bird.\n" * 20], 270)
     shape = dict(n_embd=16, n_head=2, n_layer=1, block_size=16, vocab_size=tokenizer.vocab_size)
-    cfg = config.freeze({"model": shape})
+    cfg = freeze({"model": shape})
     params = jax.jit(model.init_params, static_argnums=0)(cfg.model, jax.random.key(0))
     folder = tmp_path_factory.mktemp("bpe") / "run"
     llm_jax.LanguageModel(cfg, params, tokenizer).save(folder)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from llm_jax import config, data, decode_weights, engine, generate, programs, sharding
+from llm_jax import data, decode_weights, engine, generate, programs, sharding
+from llm_jax.config import MeshConfig
 from llm_jax.config_file import load_file
+from llm_jax.config_rules import freeze
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu not installed", allow_module_level=True)
@@ -27,12 +29,12 @@ HBM_BYTES = 16 * 2**30  # of a v5e chip
 @pytest.fixture(scope="module")
 def mesh():
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
-    return sharding.make_mesh(config.MeshConfig(), topology.devices)
+    return sharding.make_mesh(MeshConfig(), topology.devices)
 
 
 @pytest.fixture(scope="module")
 def cfg():
-    frozen = config.freeze(load_file(str(SMALL)))
+    frozen = freeze(load_file(str(SMALL)))
     return dataclasses.replace(frozen, model=dataclasses.replace(frozen.model, vocab_size=frozen.data.vocab_size))
 
 
@@ -77,7 +79,7 @@ def test_train_step(cfg, mesh, compiled):
 
 def test_train_step_in_bfloat16_on_eight_chips(cfg):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    mesh = sharding.make_mesh(config.MeshConfig(), topology.devices)
+    mesh = sharding.make_mesh(MeshConfig(), topology.devices)
     cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, compute_dtype="bfloat16"),

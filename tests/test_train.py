@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 import llm_jax
 from llm_jax import checkpoint, programs, train, train_step
-from llm_jax.config import as_dict, freeze
+from llm_jax.config import as_dict
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.tokenizers import train_bpe
 from llm_jax.train import Stopped, fit

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llm_jax import model, ops, programs, train_step
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 from llm_jax.data import Batch
 from llm_jax.sharding import make_mesh, split_batch
 

@@ -30,7 +30,8 @@ from llm_jax.bench.contenders import (
     ratios,
     table,
 )
-from llm_jax.config import Config, as_dict, freeze, split_runs
+from llm_jax.config import Config, as_dict
+from llm_jax.config_rules import freeze, split_runs
 from llm_jax.data import Batch
 from llm_jax.errors import InputError
 from llm_jax.progress import say

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import ModelConfig, freeze
+from llm_jax.config import ModelConfig
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.interop.network import WRONG_KIND, check_counts, differences, period
 from llm_jax.interop.tensors import Row, Shape, row

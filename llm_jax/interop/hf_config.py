@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_jax.config import LAYER_TYPES, ModelConfig, freeze
+from llm_jax.config import LAYER_TYPES, ModelConfig
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.interop import hf_rope
 from llm_jax.interop.families import FAMILIES, FULL, SLIDING, Family

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_jax.config import ModelConfig, freeze
+from llm_jax.config import ModelConfig
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.files import written_whole
 from llm_jax.interop.network import differences

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import llm_jax
 from llm_jax import pretrained, published
-from llm_jax.config import in_dtype
+from llm_jax.config_rules import in_dtype
 from llm_jax.errors import InputError
 from llm_jax.interop import gguf_model
 from llm_jax.interop.gguf import read_gguf

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from mutations import CHANGES, mutate, with_other_values
 
 import llm_jax
-from llm_jax.config import freeze
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.interop import hf, hf_config
 from llm_jax.interop.tensors import check_shapes, tensors

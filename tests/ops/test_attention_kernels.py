@@ -137,7 +137,7 @@ def test_cudnn_equals_plain(time, how):
 def test_on_several_devices_each_attends_in_its_own_texts(implementation):
     """By shard_map, inside a model."""
     from llm_jax import model, sharding
-    from llm_jax.config import freeze
+    from llm_jax.config_rules import freeze
 
     shape = dict(n_embd=32, n_head=4, n_kv_head=2, n_layer=1, block_size=64, vocab_size=17)
     cfg = freeze({"model": shape | {"attention": implementation}}).model
