@@ -29,6 +29,8 @@ QK_NORM_AXES = ("head", "width")
 SOURCES = ("python_stdlib", "text", "bin", "tinyshakespeare")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 MAX_STEPS = 2**31 - 1  # an int32 counts them
+MAX_SIZE = 2**24  # of an axis; the longest published context has 10 million tokens
+MAX_HEAD_DIM = 2**16  # the largest published is 512; a table of frequencies is made of it
 MAX_SEED = 2**32 - 1  # jax and grain take no more bits: a larger one would be another's equal
 
 

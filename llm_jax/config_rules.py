@@ -15,7 +15,9 @@ from llm_jax.config import (
     DTYPES,
     LAYER_EXECUTIONS,
     LAYER_TYPES,
+    MAX_HEAD_DIM,
     MAX_SEED,
+    MAX_SIZE,
     MAX_STEPS,
     MLPS,
     NORM_PLACEMENTS,
@@ -141,8 +143,10 @@ def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:
     if kind is tuple and isinstance(value, list | tuple):
         of = item_type(field)
         value = tuple(float(item) if of is float and type(item) is int else item for item in value)
-        if not all(isinstance(item, of) for item in value):
+        if not all(type(item) is of for item in value):  # True is no number
             raise InputError(f"{key} {value!r} must be a tuple of {of.__name__}")
+        if of is float and not all(map(math.isfinite, value)):
+            raise InputError(f"{key} {value!r} must hold finite numbers")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -169,6 +173,7 @@ def _model(m: ModelConfig) -> ModelConfig:
         "n_expert_per_token",
     ):
         _at_least("model", m, name, 1)
+        _at_most("model", m, name, MAX_HEAD_DIM if name in ("head_dim", "rope_dim") else MAX_SIZE)
     for name in (
         "norm_eps",
         "rope_theta",
@@ -245,6 +250,7 @@ def _model(m: ModelConfig) -> ModelConfig:
             f"model.rope_factor ({m.rope_factor}) needs a model.rope_scaling, one of {', '.join(ROPE_SCALINGS)}"
         )
     _at_least("model", m, "rope_original_length", 1)
+    _at_most("model", m, "rope_original_length", MAX_SIZE)
     original = m.rope_original_length
     if m.rope_scaling is not None and original is None:
         original = max(1, round(m.block_size / m.rope_factor))
@@ -367,6 +373,12 @@ def _at_least(group: str, values: Any, name: str, least: float) -> None:
     value = getattr(values, name)
     if value is not None and value < least:
         raise InputError(f"{group}.{name} ({value}) must be {least} or more")
+
+
+def _at_most(group: str, values: Any, name: str, most: float) -> None:
+    value = getattr(values, name)
+    if value is not None and value > most:
+        raise InputError(f"{group}.{name} ({value}) must be at most {most}")
 
 
 def _above_zero(group: str, values: Any, name: str) -> None:

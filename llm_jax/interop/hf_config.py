@@ -73,7 +73,7 @@ def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
             raise InputError(f"config.json: {key} ({given[key]!r}) must be {' or '.join(map(repr, values))}")
     fields: dict[str, Any] = dict(family.fixed)
     for key, ours in family.keys.items():
-        if key not in given:
+        if given.get(key) is None and key not in family.defaults:
             raise InputError(f"config.json of {family.model_type} has no {key}; it must say")
         fields |= dict.fromkeys(ours, given[key])
     try:
