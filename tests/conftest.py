@@ -21,6 +21,7 @@ import beartype
 import jax
 import jaxtyping
 import pytest
+from commands import REPOSITORY, Commands
 
 # By jax.config and not by XLA_FLAGS, so that processes which a test starts see the machine as it is.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -31,8 +32,6 @@ jax.config.update("jax_compilation_cache_dir", _compiled.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 check_types = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as typing says
 jaxtyping.install_import_hook("llm_jax", "conftest.check_types")
-
-REPOSITORY = Path(__file__).parents[1]
 
 # What may be missing on a CI machine. Any other skip there is a test that silently stopped testing.
 ALLOWED_SKIPS = (
@@ -183,3 +182,11 @@ def run_python(clean_env, tmp_path):
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Real processes of `python -m llm_jax.<name>`: `commands.run("main", *arguments, cwd=folder)`."""
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.close()

@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from commands import REPOSITORY, Commands
+from commands import REPOSITORY
 
 from llm_jax import model
 from llm_jax.bench import contenders, llama_cpp, torch_peers, training
@@ -23,13 +23,6 @@ TIMED_KEYS = {
     "parameters", "optimizer", "first_loss", "first_step_seconds", "compile_seconds", "step_seconds",
     "steps_per_round", "tokens_per_second", "mfu", "peak_memory_bytes", "speedup_of_llm_jax",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    started = Commands(tmp_path_factory.mktemp("commands"))
-    yield started
-    started.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from commands import Commands
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -13,13 +12,6 @@ from llm_jax.model import init_params
 from llm_jax.tokenizers import Tokenizer, byte_tokenizer
 
 SHAPE = dict(n_embd=32, n_head=4, n_kv_head=2, n_layer=2, mlp_dim=64, block_size=16)
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    started = Commands(tmp_path_factory.mktemp("commands"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, Commands
+from commands import REPOSITORY
 
 from llm_jax.config_rules import freeze
 
@@ -23,13 +23,6 @@ SIZES = (
 ).split()
 PROMPT = "--config.sample.prompt=the "
 TIMING = ("wall_seconds", "tokens_per_second")
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    started = Commands(tmp_path_factory.mktemp("commands"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 
 import jax
 import pytest
-from commands import Commands
 
 import llm_jax
 from llm_jax import model, run_folder, tokenizers
@@ -18,13 +17,6 @@ from llm_jax.report import read_metrics
 
 
 SPEED = r"((> )?\d+ tokens: the first after \d+\.\d\d s(, then [\d,]+\.\d tokens/s)?\n)*(> )?"
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    started = Commands(tmp_path_factory.mktemp("commands"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
