@@ -19,7 +19,9 @@ if importlib.metadata.version("jax").split(".")[:2] in (["0", minor] for minor i
 
 import beartype
 import jax
+import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from commands import REPOSITORY, Commands
 
@@ -101,6 +103,24 @@ def only_one_device():
 def one_device():
     with only_one_device():
         yield
+
+
+def error_of(function, *args, **kwargs) -> str:
+    """The one line of the mistake that the call is told of."""
+    from llm_jax.errors import InputError
+
+    with pytest.raises(InputError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def random_params(cfg, seed=0):
+    """Spread far enough that one token leads by much: rounding could turn a near tie either way."""
+    from llm_jax.model import param_shapes
+
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), param_shapes(cfg))
 
 
 def sentences(seed: int, num_bytes: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from llm_jax import corpus as corpus_module
 from llm_jax import documents
 from llm_jax.config import DataConfig
 from llm_jax.corpus import Corpus, prepare
-from llm_jax.errors import InputError
 from llm_jax.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 
 LINES = "".join(f"line {i} of naïve text 🙂\n" for i in range(2000))
@@ -55,14 +55,6 @@ def read_bytes(corpus: Corpus) -> bytes:
 
 def digest(*documents: bytes) -> str:
     return hashlib.sha256(b"".join(d + len(d).to_bytes(8, "little") for d in documents)).hexdigest()
-
-
-def error_of(function, *args, **kwargs) -> str:
-    with pytest.raises(InputError) as error:
-        function(*args, **kwargs)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -146,9 +138,7 @@ def test_bos_begins_each_document_where_a_prompt_begins_with_it(folder, text, tm
 
 
 def test_a_document_across_the_border_is_cut_in_two(folder):
-    corpus = folder(
-        {"a": b"0123456789", "b": b"abcdefghij"}, tokenizer="bpe", vocab_size=257, val_fraction=0.25
-    )
+    corpus = folder({"a": b"0123456789", "b": b"abcdefghij"}, tokenizer="bpe", vocab_size=257, val_fraction=0.25)
     end, encode = corpus.tokenizer.eos_id, corpus.tokenizer.encode
     assert list(corpus.train) == [*encode("0123456789"), end, *encode("abcde")]
     assert list(corpus.val) == [*encode("fghij"), end]
@@ -479,9 +469,7 @@ def test_two_processes_at_once(tmp_path):
 def test_content_hash_is_of_documents_in_order_not_of_paths(folder, tmp_path):
     assert folder({"a": b"one", "b": b"two"}).content_hash == digest(b"one", b"two")
     assert folder({"c": b"three"}, "c").content_hash == digest(b"three")
-    assert folder({"d.jsonl": b'{"text": "one"}\n{"text": "two"}'}, "d.jsonl").content_hash == digest(
-        b"one", b"two"
-    )
+    assert folder({"d.jsonl": b'{"text": "one"}\n{"text": "two"}'}, "d.jsonl").content_hash == digest(b"one", b"two")
     assert digest(b"one", b"two") != digest(b"on", b"etwo")
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 
 from llm_jax import decode_weights, decoding, engine, generate, model
 from llm_jax.config_rules import freeze
@@ -14,10 +15,7 @@ VOCAB = 40
 def make(**values):
     shape = dict(n_embd=16, n_head=4, n_kv_head=2, n_layer=2, block_size=512, vocab_size=VOCAB)
     cfg = freeze({"model": shape | values}).model
-    rng = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)  # noqa: E731
-    params = jax.tree.map(draw, model.param_shapes(cfg))
-    return engine.Program(cfg, VOCAB), decode_weights.lay_out(cfg, params)
+    return engine.Program(cfg, VOCAB), decode_weights.lay_out(cfg, random_params(cfg))
 
 
 def request(prompts, *, max_new_tokens, num_samples=1, numbers=None, stop_tokens=(), top_logprobs=0, **sampling):

@@ -4,15 +4,13 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from conftest import error_of, random_params
 
 import llm_jax
-from llm_jax import model
 from llm_jax.config_rules import freeze
-from llm_jax.errors import InputError
 from llm_jax.language_model import LanguageModel
 from llm_jax.tokenizers import byte_tokenizer
 
@@ -31,9 +29,7 @@ def unchecked():
 def lm():
     shape = dict(n_embd=16, n_head=4, n_kv_head=2, n_layer=2, block_size=24, vocab_size=260)
     cfg = freeze({"model": shape | dict(layer_types=("sliding", "full"), window=9, qk_norm=True)})
-    rng = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
-    return LanguageModel(cfg, jax.tree.map(draw, model.param_shapes(cfg.model)), byte_tokenizer())
+    return LanguageModel(cfg, random_params(cfg.model), byte_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +37,6 @@ def folder(lm, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model"
     lm.export(path)
     return path
-
-
-def error_of(function, *args, **kwargs) -> str:
-    with pytest.raises(InputError) as error:
-        function(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_it_continues_as_the_model_does(lm, folder):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 
 from llm_jax import generate, model
 from llm_jax.config_rules import freeze
@@ -18,12 +19,6 @@ VOCAB = 17
 def make(**values):
     shape = dict(n_embd=16, n_head=4, n_kv_head=2, n_layer=2, block_size=24, vocab_size=VOCAB)
     return freeze({"model": shape | values}).model
-
-
-def random_params(cfg, seed=0):
-    """Spread far enough that one token leads by much: rounding could turn a near tie either way."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), model.param_shapes(cfg))
 
 
 def apply_fn(cfg):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import error_of, random_params
 
 import llm_jax
 from llm_jax import engine, model
@@ -24,9 +25,7 @@ def build(tokenizer, **values) -> LanguageModel:
     """Untrained, of random parameters."""
     shape = dict(n_embd=16, n_head=2, n_layer=1, block_size=16, vocab_size=tokenizer.vocab_size)
     cfg = freeze({"model": shape | values})
-    rng = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
-    return LanguageModel(cfg, jax.tree.map(draw, model.param_shapes(cfg.model)), tokenizer)
+    return LanguageModel(cfg, random_params(cfg.model), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +43,6 @@ def ends_at_once(bpe) -> LanguageModel:
         jnp.zeros((bpe.tokenizer.vocab_size, 16)).at[bpe.tokenizer.eos_id, 0].set(1.0)
     )
     return ending
-
-
-def error_of(function, *args, **kwargs) -> str:
-    with pytest.raises(InputError) as error:
-        function(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # -- What goes in and what comes out

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future
 import jax
 import numpy as np
 import pytest
-from conftest import only_one_device, tiny_config
+from conftest import error_of, only_one_device, tiny_config
 from ml_collections import ConfigDict
 
 import llm_jax
@@ -75,13 +75,6 @@ def assert_same_run(workdir, other):
 
 def steps_saved(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
-def error_of(function, *args, **kwargs) -> str:
-    with pytest.raises(InputError) as error:
-        function(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def after_logging(monkeypatch, step, act):
