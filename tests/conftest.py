@@ -115,6 +115,26 @@ def error_of(function, *args, **kwargs) -> str:
     return str(error.value)
 
 
+def gpt2_tokenizer(text, vocab_size):
+    """GPT-2's kind, which llama.cpp knows, of few tokens: bytes, merges of the text, an end of text."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    from llm_jax.tokenizers import Tokenizer
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([text] * 9, trainer)
+    return Tokenizer(backend, eos_token="<|endoftext|>", split_special_tokens=False)
+
+
 def random_params(cfg, seed=0):
     """Spread far enough that one token leads by much: rounding could turn a near tie either way."""
     from llm_jax.model import param_shapes

@@ -3,13 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from conftest import gpt2_tokenizer
 
 import llm_jax
 from llm_jax.config_rules import freeze
 from llm_jax.model import init_params
-from llm_jax.tokenizers import Tokenizer, byte_tokenizer
+from llm_jax.tokenizers import byte_tokenizer
 
 SHAPE = dict(n_embd=32, n_head=4, n_kv_head=2, n_layer=2, mlp_dim=64, block_size=16)
 
@@ -17,13 +16,7 @@ SHAPE = dict(n_embd=32, n_head=4, n_kv_head=2, n_layer=2, mlp_dim=64, block_size
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A Llama's run, with a tokenizer of GPT-2's kind."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(["the cat and the dog"] * 5, trainer)
-    tokenizer = Tokenizer(backend)
+    tokenizer = gpt2_tokenizer("the cat and the dog", 270)
     cfg = freeze({"model": SHAPE | dict(vocab_size=tokenizer.vocab_size)})
     params = jax.jit(init_params, static_argnums=0)(cfg.model, jax.random.key(0))
     folder = tmp_path_factory.mktemp("small") / "run"

@@ -5,10 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import gpt2_tokenizer
 from mutations import with_other_values
 from reference import CASES, MODELS, TOKENS, VOCAB, make
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import llm_jax
 from llm_jax import pretrained, published
@@ -16,7 +15,7 @@ from llm_jax.config_rules import in_dtype
 from llm_jax.errors import InputError
 from llm_jax.interop import gguf_model
 from llm_jax.interop.gguf import read_gguf
-from llm_jax.tokenizers import Tokenizer, byte_tokenizer
+from llm_jax.tokenizers import byte_tokenizer
 
 # What llama.cpp has no way to be told.
 REFUSED = {
@@ -37,24 +36,9 @@ TEXT = "the cat and the dog, and the bird on the tree over this other quick brow
 WRITTEN = [case for case in CASES if case.values not in REFUSED]
 
 
-def byte_bpe(vocab_size):
-    """GPT-2's kind, which llama.cpp knows, of few tokens."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT] * 9, trainer)
-    return Tokenizer(backend, eos_token="<|endoftext|>", split_special_tokens=False)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_bpe(VOCAB)
+    return gpt2_tokenizer(TEXT, VOCAB)
 
 
 def written(lm, path, tokenizer, **how):
@@ -131,7 +115,7 @@ def test_the_published_llama3_factors_are_known(tokenizer, tmp_path):
 
 def test_tokens_that_only_fill_the_vocabulary_are_unused(tokenizer, tmp_path):
     _, lm = make("llama", 0)
-    back = llm_jax.load(written(lm, tmp_path / "model.gguf", byte_bpe(VOCAB - 7)))
+    back = llm_jax.load(written(lm, tmp_path / "model.gguf", gpt2_tokenizer(TEXT, VOCAB - 7)))
     assert back.tokenizer.vocab_size == VOCAB - 7 and back.config.model.vocab_size == VOCAB
 
 
