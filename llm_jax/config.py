@@ -166,7 +166,13 @@ class SampleConfig:
 class MeshConfig:
     """How many devices each mesh axis takes; -1 takes what is left."""
 
-    data: int = -1  # with `python -m llm_jax.main` a CPU's cores may be devices (cpu.py)
+    data: int = (
+        -1
+    )  # copies of the model, each with its rows; with `llm_jax.main` a CPU's cores may be devices (cpu.py)
+    fsdp: int = 1  # rows too, and the width of each weight, which is gathered when it is needed (ZeRO 3)
+    tensor: int = 1  # heads, the MLP's width and the vocabulary
+    context: int = 1  # the tokens of a text; keys and values are gathered
+    expert: int = 1  # rows too, and experts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -364,8 +364,12 @@ def _sample(s: SampleConfig) -> SampleConfig:
 
 
 def _mesh(m: MeshConfig) -> MeshConfig:
-    if m.data != -1:
-        _at_least("mesh", m, "data", 1)
+    sizes = {field.name: getattr(m, field.name) for field in dataclasses.fields(m)}
+    for name, size in sizes.items():
+        if size != -1:
+            _at_least("mesh", m, name, 1)
+    if len(open_axes := [name for name, size in sizes.items() if size == -1]) > 1:
+        raise InputError(f"mesh.{' and mesh.'.join(open_axes)} are -1, what is left; one of them may be")
     return m
 
 

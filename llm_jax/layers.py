@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from llm_jax import ops, sharding
+from llm_jax import ops, parallel, sharding
 from llm_jax.config import ModelConfig
 
 # Axis letters (ops/__init__.py; C is a learned position) of each parameter, by module and name. Blocks
@@ -87,9 +87,13 @@ def _declare(module: nn.Module, name: str, init: nn.initializers.Initializer) ->
     return module.param(name, init, _shape(module, name), cfg.param_dtype).astype(cfg.compute_dtype)
 
 
+def _letters(module: nn.Module, name: str) -> str:
+    return AXES[f"{module.name}/{name}"]
+
+
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     sizes = axis_sizes(module.cfg)
-    return tuple(sizes[axis] for axis in AXES[f"{module.name}/{name}"])
+    return tuple(sizes[axis] for axis in _letters(module, name))
 
 
 # GPT-2's: every matrix 0.02, the two that write to the residual stream smaller by the root of their number.
@@ -164,7 +168,8 @@ class Attention(nn.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         cfg = self.cfg
-        q, k, v = _project(self, x, "q", "k", "v", init=_MATRIX, use_bias=cfg.qkv_bias)
+        project = functools.partial(_project, self, mesh=self.mesh)
+        q, k, v = project(x, "q", "k", "v", init=_MATRIX, use_bias=cfg.qkv_bias)
         if cfg.qk_norm:
             q, k = _qk_norm(cfg, "q", q), _qk_norm(cfg, "k", k)
         rotate = _rotation(cfg, self.kind, positions)
@@ -179,7 +184,10 @@ class Attention(nn.Module):
             time = x.shape[1]  # of a program that is exported for any length it is no number
             window = None if isinstance(time, int) and time <= self.kind.window else self.kind.window
             how = dict(window=window, softcap=cfg.attn_softcap, implementation=cfg.attention)
-            out = _attend(self.mesh, q, turned, v, **how)
+            if self.mesh is None:
+                out = ops.attention(q, turned, v, **how)
+            else:
+                out = parallel.attention(q, turned, v, mesh=self.mesh, **how)
             if cache is not None:
                 cache = ops.fill_cache(cache, k, v, jnp.max(positions, axis=1) + 1)
         else:
@@ -191,31 +199,24 @@ class Attention(nn.Module):
                 parts = [_turned(*each, rotate) for each in zip(parts, ops.cache_positions(levels), strict=True)]
             out = ops.cached_attention(q, parts, masks, softcap=cfg.attn_softcap)
             cache = ops.merge_cache(levels, jnp.max(positions, axis=1) + 1) if is_ring else levels
-        out = _project(self, out, "o", init=_residual_matrix(cfg), use_bias=cfg.attn_out_bias, inputs=2)[0]
+        out = project(out, "o", init=_residual_matrix(cfg), use_bias=cfg.attn_out_bias, inputs=2)[0]
         return out, cache
 
 
-def _attend(mesh: jax.sharding.Mesh | None, q: Array, k: Array, v: Array, **how: Any) -> Array:
-    """Each device attends in its own texts: a kernel, or a loop over texts, knows nothing of the others'."""
-    if mesh is None:
-        return ops.attention(q, k, v, **how)
-    attend = functools.partial(ops.attention, device=mesh.devices.flat[0], **how)
-    if mesh.size == 1:
-        return attend(q, k, v)
-    split = sharding.split_batch(mesh).spec
-    return jax.shard_map(attend, mesh=mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
-
-
-PRODUCT = "product"  # what remat="dots" keeps: products with weights, not those of attention
-
-
 def _project(
-    module: nn.Module, x: Array, *names: str, init: nn.initializers.Initializer, use_bias: bool, inputs: int = 1
+    module: nn.Module,
+    x: Array,
+    *names: str,
+    init: nn.initializers.Initializer,
+    use_bias: bool,
+    inputs: int = 1,
+    mesh: jax.sharding.Mesh | None,
 ) -> list[Array]:
     """x times each parameter of `names`, over its first `inputs` axes, which are the last of x; plus its bias.
 
     Where decode_weights.py has joined the parameters, as one product.
     """
+    cfg = module.cfg
     lead = x.shape[: x.ndim - inputs]
     rows = x.reshape(*lead, -1)
     shapes = [_shape(module, name)[inputs:] for name in names]
@@ -223,14 +224,19 @@ def _project(
     if module.has_variable("params", joined(names)):
         matrix = module.get_variable("params", joined(names))
         ends = np.cumsum(widths)[:-1]
-        products = jnp.split(ops.decode_linear(rows, matrix).astype(module.cfg.compute_dtype), ends, axis=-1)
+        products = jnp.split(ops.decode_linear(rows, matrix).astype(cfg.compute_dtype), ends, axis=-1)
+    elif sharding.splits_model(mesh):
+        how = dict(inputs=inputs, mesh=mesh, keeps_apart=cfg.layer_execution == "unrolled" and cfg.remat == "none")
+        products = [
+            parallel.linear(x, _declare(module, name, init), letters=_letters(module, name), **how) for name in names
+        ]
     else:
         products = [
             ops.linear(rows, _declare(module, name, init).reshape(-1, width))
             for name, width in zip(names, widths, strict=True)
         ]
     products = [
-        checkpoint_name(product.reshape(*lead, *shape), PRODUCT)
+        checkpoint_name(product.reshape(*lead, *shape), parallel.PRODUCT)
         for product, shape in zip(products, shapes, strict=True)
     ]
     if not use_bias:
@@ -311,46 +317,51 @@ MLPS = {
 
 class MLP(nn.Module):
     cfg: ModelConfig
+    mesh: jax.sharding.Mesh | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         cfg = self.cfg
-        activation, gated = MLPS[cfg.mlp]
-        if gated:
-            gate, up = _project(self, x, "gate", "up", init=_MATRIX, use_bias=cfg.mlp_bias)
-            hidden = _recomputed(cfg, lambda gate, up: activation(gate) * up)(gate, up)
-        else:
-            hidden = _recomputed(cfg, activation)(_project(self, x, "up", init=_MATRIX, use_bias=cfg.mlp_bias)[0])
-        return _project(self, hidden, "down", init=_residual_matrix(cfg), use_bias=cfg.mlp_bias)[0]
+        project = functools.partial(_project, self, use_bias=cfg.mlp_bias, mesh=self.mesh)
+        hidden = _activated(cfg, *project(x, *_inner(cfg), init=_MATRIX))
+        return project(hidden, "down", init=_residual_matrix(cfg))[0]
+
+
+def _inner(cfg: ModelConfig) -> tuple[str, ...]:
+    """The matrices before the activation."""
+    return ("gate", "up") if MLPS[cfg.mlp][1] else ("up",)
+
+
+def _activated(cfg: ModelConfig, *products: Array) -> Array:
+    """Of the products with `_inner`."""
+    activation, gated = MLPS[cfg.mlp]
+    return _recomputed(cfg, (lambda gate, up: activation(gate) * up) if gated else activation)(*products)
 
 
 class Experts(nn.Module):
     """A mixture of MLPs: each token goes through the few that a router chooses for it; none is dropped."""
 
     cfg: ModelConfig
+    mesh: jax.sharding.Mesh | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        cfg, k = self.cfg, self.cfg.n_expert_per_token
+        cfg = self.cfg
+        inits = dict.fromkeys(_inner(cfg), _MATRIX) | {"down": _residual_matrix(cfg)}
+        weights = {name: _declare(self, name, init) for name, init in inits.items()}
+        router = _declare(self, "router", _MATRIX)
+
+        def mlp(product: Callable[..., Array], rows: Array, weights: dict[str, Array]) -> Array:
+            def named(rows: Array, name: str) -> Array:
+                return checkpoint_name(product(rows, weights[name]), parallel.PRODUCT)
+
+            return named(_activated(cfg, *(named(rows, name) for name in _inner(cfg))), "down")
+
+        how = dict(k=cfg.n_expert_per_token, normalize=cfg.normalize_experts)
+        if sharding.splits_model(self.mesh):
+            return parallel.experts(x, router, weights, mlp, mesh=self.mesh, **how)
         rows = x.reshape(-1, cfg.n_embd)
-        logits = ops.linear(rows, _declare(self, "router", _MATRIX))
-        weights, experts = ops.route(logits, k=k, normalize=cfg.normalize_experts)
-        places, counts = ops.sort_by_expert(experts, cfg.n_expert)
-
-        def product(rows: Array, name: str, init: nn.initializers.Initializer) -> Array:
-            return checkpoint_name(ops.grouped_linear(rows, _declare(self, name, init), counts), PRODUCT)
-
-        activation, gated = MLPS[cfg.mlp]
-        rows = rows[places // k]
-        up = product(rows, "up", _MATRIX)
-        if gated:
-            gate = product(rows, "gate", _MATRIX)
-            hidden = _recomputed(cfg, lambda gate, up: activation(gate) * up)(gate, up)
-        else:
-            hidden = _recomputed(cfg, activation)(up)
-        out = product(hidden, "down", _residual_matrix(cfg))
-        chosen = out[jnp.argsort(places)].reshape(*weights.shape, -1)
-        y = jnp.sum(chosen.astype(jnp.float32) * weights[..., None], axis=1)
+        y = ops.mix_experts(rows, ops.linear(rows, router), weights, mlp, **how)
         return y.astype(x.dtype).reshape(x.shape)
 
 
@@ -381,12 +392,13 @@ class Block(nn.Module):
         update, cache = Attention(cfg, self.kind, self.mesh, name="attn")(before("attn", x), positions, cache)
         attended = x + after("attn", update)
         mlp_input = before("mlp", x if cfg.parallel_residual else attended)
-        mlp = MLP(cfg, name="mlp") if cfg.n_expert is None else Experts(cfg, name="moe")
+        mlp = MLP(cfg, self.mesh, name="mlp") if cfg.n_expert is None else Experts(cfg, self.mesh, name="moe")
         return attended + after("mlp", mlp(mlp_input)), cache
 
 
 class Embed(nn.Module):
     cfg: ModelConfig
+    mesh: jax.sharding.Mesh | None
 
     def setup(self) -> None:
         self.tokens = _declare(self, "tokens", _MATRIX)
@@ -396,6 +408,8 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
         if isinstance(self.tokens, ops.DecodeWeight):
             x = ops.decode_embed(tokens, self.tokens).astype(self.cfg.compute_dtype)
+        elif sharding.splits_model(self.mesh):
+            x = parallel.embed(self.tokens, tokens, mesh=self.mesh)
         else:
             x = self.tokens[tokens]
         if self.cfg.embed_scale != 1:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llm_jax import ops, sharding
+from llm_jax import ops, parallel, sharding
 from llm_jax.config import ModelConfig
-from llm_jax.layers import AXES, PRODUCT, Block, Embed, Head, LayerCache, LayerKind, norm
+from llm_jax.layers import AXES, Block, Embed, Head, LayerCache, LayerKind, norm
 
 Params = dict[str, Any]  # {"embed", "blocks", "final_norm", "lm_head"?}; every leaf of blocks starts with L
 Cache = tuple[LayerCache, ...]  # one per layer
@@ -49,7 +49,7 @@ class Transformer(nn.Module):
     positions have no row for it, and it is a ValueError.
 
     Args:
-        mesh: where it will run, the batch split over "data"; None: on the default device.
+        mesh: where it will run, texts and parameters split as `sharding` says; None: on the default device.
 
     Args of a call:
         tokens: ids below vocab_size.
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
                 positions = jnp.arange(tokens.shape[1])[None]
             if cache is not None:
                 positions = jnp.broadcast_to(positions, tokens.shape)
-        embed = Embed(cfg, name="embed")
+        embed = Embed(cfg, self.mesh, name="embed")
         x = nn.Dropout(cfg.dropout, deterministic=deterministic)(embed(tokens, positions))
         # One pytree for all blocks, so that a caller may also pass a tuple of per-layer trees (`split_layers`):
         # decoding then reads each layer's weights where they lie, instead of slicing the stack for every token.
@@ -154,9 +154,10 @@ def _run_blocks(
 
     def block(kind: LayerKind, params: Params, layer: Array | int, x: Array, cache: Any = None) -> tuple[Array, Any]:
         rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, layer)}
-        return Block(cfg, kind, mesh).apply(
+        x, cache = Block(cfg, kind, mesh).apply(
             {"params": params}, x, positions, cache, deterministic=dropout_key is None, rngs=rngs
         )
+        return (parallel.constrain(x, mesh) if sharding.splits_model(mesh) else x), cache
 
     if cache is not None:
         trees = blocks if isinstance(blocks, tuple) else split_layers(blocks, cfg.n_layer)
@@ -167,7 +168,7 @@ def _run_blocks(
         return x, tuple(new_cache)
 
     if cfg.remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if cfg.remat == "dots" else None
+        policy = jax.checkpoint_policies.save_only_these_names(parallel.PRODUCT) if cfg.remat == "dots" else None
         block = jax.checkpoint(block, policy=policy, static_argnums=0)
 
     def period(x: Array, xs: tuple[Params, Array]) -> tuple[Array, None]:

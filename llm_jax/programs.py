@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, UInt
 
-from llm_jax import cpu, data, model, ops, optim, sharding, train_step
+from llm_jax import cpu, data, model, ops, optim, parallel, sharding, train_step
 from llm_jax.config import Config, ModelConfig
 from llm_jax.config_rules import split_runs
 from llm_jax.errors import InputError
@@ -29,7 +29,7 @@ INIT_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
 class Programs(NamedTuple):
-    """Compiled for the mesh: the state on every device, the batch split over them.
+    """Compiled for the mesh: the state and the batch lie on it as `sharding` says.
 
     Of R > 1 runs in one program (`config_rules.split_runs`) every leaf of state, batch, metrics and sums has a
     leading axis R, but for the batch of an evaluation, which is the same for all.
@@ -38,11 +38,18 @@ class Programs(NamedTuple):
     init: Callable[[], train_step.TrainState]
     train_step: Callable[[train_step.TrainState, data.Batch], tuple[train_step.TrainState, train_step.Metrics]]
     eval_step: Callable[[Any, data.Batch], train_step.EvalSums]
+    placed: train_step.TrainState  # where each part of the state lies
 
 
 def check_trainable(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises InputError, in one line, for what only these devices and libraries can tell of a config."""
     sharding.check_batch(cfg.train.batch_size, cfg.train.accumulation_steps, mesh)
+    sharding.check_model(cfg.model, cfg.seq_len, mesh)
+    if sharding.splits_model(mesh) and len(split_runs(cfg)) > 1:
+        raise InputError(
+            "several runs in one program (train.seeds, optim.peak_lrs) each need a whole model on every device; "
+            "leave mesh.fsdp, mesh.tensor, mesh.context and mesh.expert at 1, or train one run"
+        )
     optim.check_name(cfg.optim.name)
     m = cfg.model
     if m.attention == "auto":
@@ -62,19 +69,23 @@ def make_programs(cfg: Config, mesh: jax.sharding.Mesh, token_bytes: Int[np.ndar
     runs = split_runs(cfg)
     padded_bytes = np.zeros(cfg.model.vocab_size, np.int32)
     padded_bytes[: len(token_bytes)] = token_bytes
-    eval_step = train_step.make_eval_step(
-        sharding.sum_over_rows(make_loss_fn(cfg.model, sharding.one_device(mesh)), mesh), padded_bytes
-    )
+    if sharding.splits_model(mesh):
+        eval_loss = make_loss_fn(cfg.model, mesh)
+    else:
+        eval_loss = sharding.sum_over_rows(make_loss_fn(cfg.model, sharding.one_device(mesh)), mesh)
+    eval_step = train_step.make_eval_step(eval_loss, padded_bytes)
     if len(runs) == 1:
         (run,) = runs
         init, step = _of_one_run(run, run.train.seed, None, mesh)
     else:
         init, step, eval_step = _of_several_runs(runs, eval_step, mesh)
     everywhere = sharding.replicated(mesh)
+    placed = sharding.state_shardings(jax.eval_shape(init), model.param_axes(cfg.model), mesh)
     return Programs(
-        jax.jit(init, out_shardings=everywhere, compiler_options=INIT_OPTIONS if sharding.is_cpu(mesh) else None),
-        jax.jit(step, donate_argnums=0, out_shardings=everywhere, compiler_options=step_options(mesh)),
+        jax.jit(init, out_shardings=placed, compiler_options=INIT_OPTIONS if sharding.is_cpu(mesh) else None),
+        jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere), compiler_options=step_options(mesh)),
         jax.jit(eval_step, out_shardings=everywhere, compiler_options=step_options(mesh)),
+        placed,
     )
 
 
@@ -93,6 +104,16 @@ def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn
     def loss_fn(params: model.Params, batch: data.Batch, key: Array | None) -> tuple[Array, Array]:
         dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
         hidden, output, _ = network.apply({"params": params}, batch.tokens, method="hidden", **dropout)
+        if sharding.splits_model(mesh):
+            return parallel.linear_cross_entropy(
+                hidden,
+                output,
+                batch.targets,
+                batch.mask,
+                softcap=cfg.final_softcap,
+                chunk_elements=CHUNK_ELEMENTS,
+                mesh=mesh,
+            )
         return ops.linear_cross_entropy(
             hidden, output, batch.targets, batch.mask, softcap=cfg.final_softcap, chunk_elements=chunk_elements
         )
@@ -106,7 +127,8 @@ def _of_one_run(
     """(init, step); seed and rates, which stand for the config's, may be traced."""
     num_steps = cfg.train.num_steps
     axes = model.param_axes(cfg.model)
-    muon_mesh = mesh if sharding.is_cpu(mesh) else None  # not measured elsewhere
+    splits = sharding.splits_model(mesh)
+    muon_mesh = mesh if sharding.is_cpu(mesh) and not splits else None  # not measured elsewhere
     optimizer = optim.make_optimizer(cfg.optim, num_steps=num_steps, axes=axes, rates=rates, mesh=muon_mesh)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
@@ -117,7 +139,7 @@ def _of_one_run(
     # A mask of dropout is drawn for the rows of all devices at once, so that their number does not change it. And of
     # one micro-batch an accelerator may sum the gradients of some layers while it computes those of others.
     one_sum = sharding.is_cpu(mesh) or cfg.train.accumulation_steps > 1
-    by_device = one_sum and not cfg.model.dropout
+    by_device = one_sum and not cfg.model.dropout and not splits
     step = train_step.make_train_step(
         make_loss_fn(cfg.model, sharding.one_device(mesh) if by_device else mesh),
         optimizer,
@@ -125,6 +147,7 @@ def _of_one_run(
         accumulation_steps=cfg.train.accumulation_steps,
         run_key=run_key,
         mesh=mesh if by_device else None,
+        place=functools.partial(sharding.constrain_params, axes=axes, mesh=mesh) if splits else None,
     )
     return init, train_step.with_average(step, cfg.optim.ema_decay) if cfg.optim.ema_decay else step
 

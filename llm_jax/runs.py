@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from llm_jax import checkpoint, run_folder, sharding
+from llm_jax import checkpoint, run_folder
 from llm_jax.config import Config
 from llm_jax.config_rules import split_runs
 from llm_jax.errors import InputError
@@ -35,12 +35,11 @@ class Runs:
     def __len__(self) -> int:
         return len(self.configs)
 
-    def all_from(self, params: Any, mesh: jax.sharding.Mesh) -> Any:
-        """The state's parameters where every run starts from these."""
-        everywhere = sharding.replicated(mesh)
+    def all_from(self, params: Any, placed: Any) -> Any:
+        """The state's parameters where every run starts from these, where they are to lie."""
         if self.stacked:
             params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self), *leaf.shape)), params)
-        return jax.device_put(params, everywhere)
+        return jax.device_put(params, placed)
 
     def part(self, tree: Any, n: int) -> Any:
         """Run n's part of a tree of the state."""
@@ -79,19 +78,19 @@ class Runs:
                 manager.delete(later)
         return max(common, default=None)
 
-    def restore(self, step: int, like: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-        """The state saved at `step`, on every device; `like` has the shapes of the runs' state."""
-        everywhere = sharding.replicated(mesh)
+    def restore(self, step: int, like: TrainState, placed: TrainState) -> TrainState:
+        """The state saved at `step`; `like` has the shapes of the runs' state, `placed` says where it is to lie."""
         one = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape[1:] if self.stacked else leaf.shape, leaf.dtype, sharding=everywhere
+            lambda leaf, at: jax.ShapeDtypeStruct(
+                leaf.shape[1:] if self.stacked else leaf.shape, leaf.dtype, sharding=at
             ),
             like,
+            placed,
         )
         parts = [checkpoint.restore(manager, step, _saved(one)) for manager in self._managers]
         if not self.stacked:
-            return TrainState(jax.device_put(np.int32(step), everywhere), **parts[0])
-        steps = jax.device_put(np.full(len(self), step, np.int32), everywhere)
+            return TrainState(jax.device_put(np.int32(step), placed.step), **parts[0])
+        steps = jax.device_put(np.full(len(self), step, np.int32), placed.step)
         return TrainState(steps, **jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
 
     def save(self, step: int, state: TrainState, val_losses: Sequence[float | None]) -> None:

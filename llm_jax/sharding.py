@@ -1,40 +1,88 @@
 """The device mesh, and where arrays lie on it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llm_jax.config import MeshConfig
+from llm_jax.config import MeshConfig, ModelConfig
 from llm_jax.errors import InputError
+
+# Slowest links first: neighbours along the last axis are neighbours in the machine, and send the most.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+ROWS = ("data", "fsdp", "expert")  # texts are divided among these, each text's tokens along "context"
+# The axis letter of a parameter (ops/__init__.py) -> the mesh axis that it is split over.
+SPLIT = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor", "E": "expert"}
+WHOLE = ("D", "DE", "CD")  # too small to be worth sending about: norms and biases, routers, learned positions
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh with one axis, "data", over all devices.
+    """A mesh of all devices, with the axes AXES.
 
     Raises:
-        InputError: `mesh.data` is neither -1 nor the number of devices.
+        InputError: the sizes don't make the number of devices.
     """
-    if cfg.data not in (-1, len(devices)):
-        raise InputError(f"mesh.data ({cfg.data}) must be the number of devices ({len(devices)}), or -1 for all")
-    return Mesh(np.array(devices), ("data",))
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    given = math.prod(size for size in sizes.values() if size != -1)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if given > len(devices) or len(devices) % given or (not open_axes and given != len(devices)):
+        told = (
+            " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items() if size not in (1, -1)) or "mesh.data 1"
+        )
+        rule = (
+            f"must divide the number of devices ({len(devices)})" if open_axes else f"must be {len(devices)} devices"
+        )
+        raise InputError(f"{told} = {given} {rule}; -1 for one of them takes what is left")
+    shape = [len(devices) // given if sizes[axis] == -1 else sizes[axis] for axis in AXES]
+    if devices[0].platform == "tpu":
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    return Mesh(np.array(devices).reshape(shape), AXES)
+
+
+def splits_model(mesh: Mesh | None) -> bool:
+    """Whether a device has but a part of the model, or of a text."""
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in AXES if axis != "data")
 
 
 def one_device(mesh: Mesh) -> Mesh:
     """The first device of the mesh, for what each device of it does by itself."""
-    return Mesh(mesh.devices.flat[:1].reshape(1), mesh.axis_names)
+    return Mesh(mesh.devices.flat[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
 
 
 def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
     """Raises InputError where a micro-batch cannot be split evenly over the devices."""
-    micro_batch, devices = batch_size // accumulation_steps, mesh.shape["data"]
+    micro_batch, devices = batch_size // accumulation_steps, math.prod(mesh.shape[axis] for axis in ROWS)
     if micro_batch % devices:
         raise InputError(
             f"train.batch_size / train.accumulation_steps ({batch_size} / {accumulation_steps} = {micro_batch}) "
-            f"must be a multiple of the devices ({devices}); change either"
+            f"must be a multiple of the devices that share its rows ({devices}); change either"
         )
+
+
+def check_model(cfg: ModelConfig, seq_len: int, mesh: Mesh) -> None:
+    """Raises InputError where a part of the model, or of a text, cannot be split evenly over the mesh.
+
+    What is not known yet (a vocabulary that the tokenizer decides) is not checked.
+    """
+    rules = [
+        ("model.n_embd", cfg.n_embd, "fsdp"),
+        ("model.n_head", cfg.n_head, "tensor"),
+        ("model.n_kv_head", cfg.n_kv_head, "tensor"),
+        ("model.mlp_dim", cfg.mlp_dim, "tensor"),
+        ("model.vocab_size", cfg.vocab_size, "tensor"),
+        ("model.n_expert", cfg.n_expert, "expert"),
+        ("train.seq_len (or model.block_size)", seq_len, "context"),
+    ]
+    for name, size, axis in rules:
+        if size is not None and size % (parts := mesh.shape[axis]):
+            remedy = f"change either; {-size % parts + size} would do" if axis != "expert" else "change either"
+            raise InputError(f"{name} ({size}) must be a multiple of mesh.{axis} ({parts}); {remedy}")
+    if cfg.n_expert is None and mesh.shape["expert"] > 1:
+        raise InputError(f"mesh.expert ({mesh.shape['expert']}) needs a model with experts (model.n_expert)")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -42,8 +90,49 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_batch(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
-    """One axis over the devices of "data", the rest whole."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    """Rows over the devices that share them, along `axis`; of what lies behind it, tokens, over "context"."""
+    tokens = ["context"] if mesh.shape["context"] > 1 else []
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS, *tokens))
+
+
+def param_spec(letters: str) -> PartitionSpec:
+    """Where the parts of a parameter lie, by its axis letters; a leading L is the stack of layers."""
+    if letters.removeprefix("L") in WHOLE:
+        return PartitionSpec()
+    return PartitionSpec(*map(SPLIT.get, letters))
+
+
+def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
+    """Where a training state lies: parameters by their letters, and with them what an optimizer keeps of each.
+
+    Args:
+        state: arrays or their shapes; a part belongs to a parameter if its path ends in the parameter's.
+        axes: the letters of the parameters, in their tree.
+    """
+    letters_of = {_names(path): letters for path, letters in jax.tree_util.tree_leaves_with_path(axes)}
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = _names(path)
+        for start in range(len(names)):
+            letters = letters_of.get(names[start:])
+            if letters is not None and len(letters) == leaf.ndim:
+                return NamedSharding(mesh, param_spec(letters))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def constrain_params(params: Any, *, axes: Any, mesh: Mesh) -> Any:
+    """Gradients or parameters where the parameters lie."""
+    return jax.tree.map(
+        lambda leaf, letters: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, param_spec(letters))),
+        params,
+        axes,
+    )
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
 def sum_over_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
@@ -56,7 +145,7 @@ def sum_over_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
         return function
 
     def on_device(*arguments: Any) -> Any:
-        return jax.lax.psum(function(*arguments), "data")
+        return jax.lax.psum(function(*arguments), ROWS)
 
     whole = PartitionSpec()
     return jax.shard_map(

@@ -37,7 +37,8 @@ MAY_DIFFER = frozenset(
     "train.num_steps train.eval_every train.save_every train.log_every train.sample_every train.keep_checkpoints "
     "train.profile_steps train.accumulation_steps model.attention model.layer_execution model.remat "
     # Data is the same by data.content_hash, and the tokenizer by its own.
-    "data.source data.path data.tokenizer data.cache_dir mesh.data".split()
+    "data.source data.path data.tokenizer data.cache_dir".split()
+    + [f"mesh.{axis}" for axis in sharding.AXES]
 )
 DECIDED_BY_CORPUS = frozenset({"model.vocab_size", "data.content_hash"})
 
@@ -89,6 +90,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     _check_same_run(workdir, cfg, None)  # what is known before the corpus is read
     corpus = prepare(cfg.data, start.tokenizer)
     cfg = _resolve(cfg, corpus)
+    sharding.check_model(cfg.model, cfg.seq_len, mesh)  # of a vocabulary that is known now
     tokenizer = corpus.tokenizer
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
@@ -114,13 +116,13 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         saved_step = runs.last_step()
         first_step = saved_step or 0
         if first_step < cfg.train.num_steps:
-            programs = _compile_ahead(programs, batches, mesh, stack)
+            programs = _compile_ahead(programs, batches, stack)
         if saved_step is None:
             state = programs.init()
             if start.source is not None:
-                state = state._replace(params=runs.all_from(start.params(), mesh))
+                state = state._replace(params=runs.all_from(start.params(), programs.placed.params))
         else:
-            state = runs.restore(saved_step, jax.eval_shape(programs.init), mesh)
+            state = runs.restore(saved_step, jax.eval_shape(programs.init), programs.placed)
         if first_step < cfg.train.num_steps or not any("val_loss_full" in line for line in read_metrics(workdir)):
             if first_step:
                 say(f"continues after step {first_step}")
@@ -131,16 +133,15 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     return _remember(LanguageModel(runs.configs[best], _on_one_device(runs.part(state.eval_params, best)), tokenizer))
 
 
-def _compile_ahead(
-    programs: Programs, batches: "_Batches", mesh: jax.sharding.Mesh, stack: contextlib.ExitStack
-) -> Programs:
+def _compile_ahead(programs: Programs, batches: "_Batches", stack: contextlib.ExitStack) -> Programs:
     """Compiles the training step in a thread, while the first state is compiled, made or read.
 
     It is traced in this one: jax's settings by context, such as a default dtype, are a thread's own.
     """
-    everywhere = sharding.replicated(mesh)
     state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(programs.init)
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        jax.eval_shape(programs.init),
+        programs.placed,
     )
     lowered = programs.train_step.lower(state, batches.train(1))
     step = stack.enter_context(ThreadPoolExecutor(1)).submit(lowered.compile)

@@ -45,13 +45,14 @@ def make_train_step(
     accumulation_steps: int,
     run_key: Array,
     mesh: jax.sharding.Mesh | None = None,
+    place: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics): one update by the gradient of sum / count of `loss_fn`.
 
     With accumulation_steps = A the batch is taken in A micro-batches, one after the other; sums of nats and
     of gradients are divided once, by the whole batch's count, so that uneven masks weigh as in one batch.
     With a mesh, `loss_fn` sees the rows of one device at a time, which may not matter to it (as it does to dropout);
-    None: those of all, for XLA to split.
+    None: those of all, for XLA to split. `place` puts gradients where the parameters lie.
     Metrics, before the update: loss (nats per token), grad_norm (before clipping), learning_rate.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -60,14 +61,14 @@ def make_train_step(
         def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
             micro_batch, i = xs
             out = grad_fn(params, micro_batch, jax.random.fold_in(key, i))
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out), None
+            sums, grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out)
+            return (sums, grads if place is None else place(grads)), None
 
         # Rows a, a + A, ... form micro-batch a: each device keeps the rows it has.
-        micro_batches = jax.tree.map(
-            lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch
-        )
+        micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
         # In float32: sums of bfloat16 gradients would lose 1 % over 64 micro-batches.
         zero_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        zero_grads = zero_grads if place is None else place(zero_grads)
         zeros = ((jnp.zeros(()), jnp.zeros(())), zero_grads)
         return jax.lax.scan(add, zeros, (micro_batches, jnp.arange(accumulation_steps)))[0]
 
@@ -80,6 +81,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(run_key, state.step)
         (nats, count), grads = sums_fn(state.params, batch, key)
+        grads = grads if place is None else place(grads)
         count = jnp.maximum(count, 1)  # a batch with nothing to predict has loss 0, not NaN
         grads = jax.tree.map(lambda g, leaf: (g / count).astype(leaf.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

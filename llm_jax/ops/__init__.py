@@ -15,7 +15,7 @@ are `sys.modules["llm_jax.ops.rope"]`.
 """
 
 from llm_jax.ops.attention import MASK_VALUE, attention, cached_attention, einsum_f32, masked_attention
-from llm_jax.ops.experts import grouped_linear, route, sort_by_expert
+from llm_jax.ops.experts import grouped_linear, mix_experts, route, sort_by_expert
 from llm_jax.ops.kv_cache import (
     EmptyCache,
     LayerCache,
@@ -60,6 +60,7 @@ __all__ = [
     "masked_draw",
     "merge_cache",
     "min_p_mask",
+    "mix_experts",
     "penalize",
     "orthogonalize",
     "precompute_freqs_cis",

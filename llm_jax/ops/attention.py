@@ -34,9 +34,9 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(mask(softcap(q k^T / sqrt(H)))) v, with query head n on key head n // (N // K).
 
-    causal: query t sees keys 0..t. window: it sees keys t-window+1..t, itself included, whatever
-    `causal` says. segments: it sees the keys of its own segment only. softcap: scores become
-    softcap * tanh(scores / softcap), before the mask.
+    causal: query t sees keys 0..t; fewer queries than keys are those of the last keys. window: it sees keys
+    t-window+1..t, itself included, whatever `causal` says. segments: it sees the keys of its own segment only.
+    softcap: scores become softcap * tanh(scores / softcap), before the mask.
 
     implementation: "plain" holds the T x S scores in memory; "blockwise" (Dao et al. 2022,
     "FlashAttention", in plain JAX) holds one block of queries at a time and keeps only the
@@ -46,16 +46,16 @@ def attention(
     the device, else by size a blockwise or plain form; where the kernel can't serve a call, a warning says why.
 
     device: "auto" chooses for it; None: the default one.
-    Raises ValueError where a mask needs S == T and they differ, the heads don't divide, or the implementation that
-    is named can't serve.
+    Raises ValueError where a mask needs S >= T, or with segments S == T, and that is not so, the heads don't divide,
+    or the implementation that is named can't serve.
     """
     query_time, key_time = q.shape[1], k.shape[1]
     causal = causal or window is not None
     device = device or _default_device()
     _check(q, k, causal=causal, window=window, segments=segments, implementation=implementation)
     if implementation == "auto":
-        implementation = _choose(q, k, device, segments=segments, softcap=softcap)
-    elif implementation == "cudnn" and (reason := _why_not_cudnn(q, device, segments=segments, softcap=softcap)):
+        implementation = _choose(q, k, device, causal=causal, segments=segments, softcap=softcap)
+    elif implementation == "cudnn" and (reason := _why_not_cudnn(q, k, device, segments=segments, softcap=softcap)):
         raise ValueError(f"cuDNN's attention can't serve this call: {reason}")
     if implementation == "cudnn":
         return _cudnn(q, k, v, causal=causal, window=window)
@@ -66,7 +66,8 @@ def attention(
     if implementation == "blockwise":
         return _blockwise(q, k, v, segments, _Static(causal, window, softcap, _tile_elements(device)))
     mask = jnp.ones((1, query_time, key_time), bool)
-    t, s = jnp.arange(query_time)[:, None], jnp.arange(key_time)
+    first = key_time - query_time if causal else 0
+    t, s = first + jnp.arange(query_time)[:, None], jnp.arange(key_time)
     if causal:
         mask &= s <= t
     if window is not None:
@@ -136,16 +137,16 @@ def _check(q, k, *, causal, window, segments, implementation):
     query_time, heads, key_time, kv_heads = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"query heads ({heads}) must be a multiple of key/value heads ({kv_heads})")
-    if query_time != key_time and (causal or window is not None or segments is not None):
+    if (causal and query_time > key_time) or (segments is not None and query_time != key_time):
         raise ValueError(
-            f"causal, window and segments need as many queries as keys, got {query_time} and {key_time}; "
+            f"causal and window need no more queries than keys, segments as many, got {query_time} and {key_time}; "
             "write the mask out and use masked_attention"
         )
     if window is not None and window < 1:
         raise ValueError(f"window ({window}) must be at least 1: a query sees itself")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation not in ("auto", "plain") and query_time != key_time:
+    if implementation not in ("auto", "plain") and query_time != key_time and not causal:
         raise ValueError(f"{implementation} attention needs S == T, got T={query_time} and S={key_time}")
 
 
@@ -154,14 +155,14 @@ def _default_device():
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
-def _choose(q, k, device, *, segments, softcap):
+def _choose(q, k, device, *, causal, segments, softcap):
     time = q.shape[1]
-    if time != k.shape[1] or time < AUTO_BLOCKWISE_LENGTH:
+    if (time != k.shape[1] and not causal) or time < AUTO_BLOCKWISE_LENGTH:
         return "plain"
     if device.platform == "tpu":
         return "splash"
     if device.platform == "gpu":
-        reason = _why_not_cudnn(q, device, segments=segments, softcap=softcap)
+        reason = _why_not_cudnn(q, k, device, segments=segments, softcap=softcap)
         if reason is None:
             return "cudnn"
         # Python shows a warning of the same words once.
@@ -173,9 +174,7 @@ def einsum_f32(equation: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` of two arrays with float32 accumulation and result, whatever their dtype."""
 
     def product(a, b):
-        return jnp.einsum(
-            equation, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     if a.dtype == b.dtype == jnp.float32:
         return product(a, b)
@@ -237,13 +236,13 @@ def _blockwise(q, k, v, segments, static):
 
 
 def _blockwise_forward(q, k, v, segments, static):
-    time = q.shape[1]
-    block, padded = _block_sizes(time, static.window)
+    before, keys_time = k.shape[1] - q.shape[1], k.shape[1]  # keys before the first query
+    block, padded = _block_sizes(q.shape[1], static.window)
 
     def group(q, k, v, segments):
         def one_block(carry, start, keys):
-            q_i, at = _cut(q, start, block, 2), _key_start(start, block, keys)
-            scores, visible = _scores(q_i, k, segments, start, at, keys, time, static)
+            q_i, at = _cut(q, start, block, 2), _key_start(before + start, block, keys)
+            scores, visible = _scores(q_i, k, segments, before + start, at, keys, keys_time, static)
             scores = jnp.where(visible, scores, MASK_VALUE)
             highest = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - highest)
@@ -251,9 +250,10 @@ def _blockwise_forward(q, k, v, segments, static):
             out = einsum_f32("bgts,bsh->bgth", weights.astype(v.dtype), _cut(v, at, keys, 1)) / total
             return carry, (out.astype(q.dtype), (highest + jnp.log(total))[..., 0])
 
-        return _over_blocks(one_block, (), _runs(padded // block, block, static), block)[1]
+        return _over_blocks(one_block, (), _runs(padded // block, block, before, static), block)[1]
 
-    folded = (_fold_queries(q, k, padded), _fold_keys(k, padded), _fold_keys(v, padded))
+    keys_padded = before + padded
+    folded = (_fold_queries(q, k, padded), _fold_keys(k, keys_padded), _fold_keys(v, keys_padded))
     out, lse = _over_groups(group, (*folded, _fold_segments(segments, k, padded)), block, static.tile)
     out = _unfold_queries(out, q)
     return out, (q, k, v, segments, out, lse)
@@ -261,18 +261,18 @@ def _blockwise_forward(q, k, v, segments, static):
 
 def _blockwise_backward(static, residuals, d_out):
     q, k, v, segments, out, lse = residuals
-    time = q.shape[1]
-    block, padded = _block_sizes(time, static.window)
+    before, keys_time = k.shape[1] - q.shape[1], k.shape[1]
+    block, padded = _block_sizes(q.shape[1], static.window)
     # sum_s weights * d_weights of each query, from Dao et al. 2022, equation 4.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
 
     def group(q, k, v, d_out, delta, lse, segments):
         def one_block(carry, start, keys):
             dk, dv = carry
-            at = _key_start(start, block, keys)
+            at = _key_start(before + start, block, keys)
             q_i, d_out_i, delta_i, lse_i = (_cut(x, start, block, 2) for x in (q, d_out, delta, lse))
             k_i, v_i = _cut(k, at, keys, 1), _cut(v, at, keys, 1)
-            scores, visible = _scores(q_i, k, segments, start, at, keys, time, static)
+            scores, visible = _scores(q_i, k, segments, before + start, at, keys, keys_time, static)
             weights = jnp.where(visible, jnp.exp(scores - lse_i[..., None]), 0.0)
             d_scores = weights * (einsum_f32("bgth,bsh->bgts", d_out_i, v_i) - delta_i)
             if static.softcap is not None:
@@ -283,11 +283,12 @@ def _blockwise_backward(static, residuals, d_out):
             return (dk, dv), (einsum_f32("bgts,bsh->bgth", d_scores, k_i).astype(q.dtype),)
 
         zeros = jnp.zeros(k.swapaxes(1, 2).shape, jnp.float32)
-        runs = _runs(padded // block, block, static)
+        runs = _runs(padded // block, block, before, static)
         (dk, dv), (dq,) = _over_blocks(one_block, (zeros, zeros), runs, block)
         return dq, dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
 
-    folded = (_fold_queries(q, k, padded), _fold_keys(k, padded), _fold_keys(v, padded))
+    keys_padded = before + padded
+    folded = (_fold_queries(q, k, padded), _fold_keys(k, keys_padded), _fold_keys(v, keys_padded))
     folded += (_fold_queries(d_out, k, padded), _fold_queries(delta, k, padded), lse)
     dq, dk, dv = _over_groups(group, (*folded, _fold_segments(segments, k, padded)), block, static.tile)
     return _unfold_queries(dq, q), _unfold_keys(dk, k), _unfold_keys(dv, v), None
@@ -324,18 +325,21 @@ def _block_sizes(time: int, window: int | None) -> tuple[int, int]:
     return block, block * blocks
 
 
-def _runs(blocks: int, block: int, static: _Static) -> list[_Run]:
-    """Splits the query blocks into runs that meet key ranges of one length, as short as they can be."""
+def _runs(blocks: int, block: int, before: int, static: _Static) -> list[_Run]:
+    """Splits the query blocks into runs that meet key ranges of one length, as short as they can be.
+
+    before: keys before the first query.
+    """
+    longest = before + blocks * block
     if not static.causal:
-        return [_Run(0, blocks, blocks * block)]
-    longest = blocks * block
+        return [_Run(0, blocks, longest)]
     if static.window is not None:
         longest = min(longest, block + block * math.ceil((static.window - 1) / block))
     step = math.ceil(blocks / MAX_RUNS)
     runs = []
     for first in range(0, blocks, step):
         last = min(first + step, blocks)
-        keys = min(last * block, longest)
+        keys = min(before + last * block, longest)
         if runs and runs[-1].keys == keys:
             first = runs.pop().first
         runs.append(_Run(first, last, keys))
@@ -356,18 +360,16 @@ def _over_blocks(one_block, carry, runs: list[_Run], block: int):
         else:
             starts = block * jnp.arange(run.first, run.last)
             carry, output = jax.lax.scan(partial(one_block, keys=run.keys), carry, starts)
-            output = jax.tree.map(
-                lambda y: jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], -1, *y.shape[4:]), output
-            )
+            output = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], -1, *y.shape[4:]), output)
         outputs.append(output)
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys, axis=2), *outputs)
 
 
 def _over_groups(group, arrays, block: int, tile: int):
     """Maps `group` over the leading axis, as many entries at a time as fit a tile."""
-    q = arrays[0]
-    entries, heads, padded, _ = q.shape
-    wanted = max(1, tile // (heads * block * padded))
+    q, k = arrays[:2]
+    entries, heads = q.shape[:2]
+    wanted = max(1, tile // (heads * block * k.shape[1]))
     size = next(n for n in range(min(wanted, entries), 0, -1) if entries % n == 0)
     if size == entries:
         return group(*arrays)
@@ -441,6 +443,7 @@ SPLASH_BLOCKS = (512, 256, 128)
 
 def _why_not_cudnn(
     q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
     device: jax.Device,
     *,
     segments: Int[Array, "B T"] | None,
@@ -462,6 +465,8 @@ def _why_not_cudnn(
         return "it has no soft-cap"
     if segments is not None:
         return "it takes segments only as a mask of T x T"
+    if q.shape[1] != k.shape[1]:
+        return f"it takes as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
     return None
 
 
@@ -474,15 +479,13 @@ def _cudnn(
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     local = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn"
-    )
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn")
 
 
 def _splash(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     *,
     causal: bool,
     window: int | None,
@@ -495,20 +498,21 @@ def _splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    time, heads, head_dim = q.shape[1:]
-    padded = math.ceil(time / SPLASH_UNIT) * SPLASH_UNIT
-    shape = (padded, padded)
+    (time, heads, head_dim), keys = q.shape[1:], k.shape[1]
+    padded, keys_padded = (math.ceil(each / SPLASH_UNIT) * SPLASH_UNIT for each in (time, keys))
+    shape, before = (padded, keys_padded), keys - time  # keys before the first query
     if window is not None:
-        mask = masks.LocalMask(shape, (window - 1, 0), 0)
+        mask = masks.LocalMask(shape, (window - 1, 0), before)
     else:
-        mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+        mask = masks.CausalMask(shape, before) if causal else masks.FullMask(shape)
     if segments is None and not causal and padded > time:
         segments = jnp.zeros(q.shape[:2], jnp.int32)  # only to tell the padding apart
-    block = next(size for size in SPLASH_BLOCKS if padded % size == 0)
-    names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute block_q_dq block_kv_dq"
+    block, block_kv = (next(size for size in SPLASH_BLOCKS if each % size == 0) for each in shape)
+    of_queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), block)
+    of_keys = "block_kv block_kv_compute block_kv_dkv block_kv_dkv_compute block_kv_dq"
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=kernels.BlockSizes(**dict.fromkeys(names.split(), block)),
+        block_sizes=kernels.BlockSizes(**of_queries, **dict.fromkeys(of_keys.split(), block_kv)),
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,
@@ -521,7 +525,7 @@ def _splash(
 
     q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not scale
     # [B, T, N, H] -> [B, N, padded, H]
-    folded = [jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - time), (0, 0))) for x in (q, k, v)]
+    folded = [jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % SPLASH_UNIT), (0, 0))) for x in (q, k, v)]
     if segments is not None:
         lowest = jnp.iinfo(jnp.int32).min  # of the padding: no text has it
         segments = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, padded - time)), constant_values=lowest)

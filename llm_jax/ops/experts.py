@@ -4,6 +4,8 @@ No token is dropped: rows are sorted by expert, and experts take as many as come
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,41 @@ def grouped_linear(
     return jax.lax.platform_dependent(
         x, weights, counts, cpu=_in_blocks, default=functools.partial(_ragged, precision=jax.lax.Precision.HIGHEST)
     )
+
+
+def mix_experts(
+    x: Float[Array, "M D"],
+    logits: Float[Array, "M E"],
+    weights: Any,
+    mlp: Callable[..., Float[Array, "_ D"]],
+    *,
+    k: int,
+    normalize: bool,
+    first: int | Int[Array, ""] = 0,
+    count: int | None = None,
+) -> Float32[Array, "M D"]:
+    """sum_j w_j mlp_j(x) over the k experts j that the router's logits choose for each row, w as of `route`.
+
+    Args:
+        mlp: (product, rows, weights) -> rows, where `product(rows, weight)` takes each row times its expert's part of
+            a weight with a leading axis of experts.
+        first, count: the experts whose weights these are; choices of others add nothing. None: all.
+    """
+    shares, chosen = route(logits, k=k, normalize=normalize)
+    every = count is None
+    count = logits.shape[1] if every else count
+    if not every:  # choices of others go behind all of these, as one more expert's
+        chosen = jnp.where((chosen >= first) & (chosen < first + count), chosen - first, count)
+    places, counts = sort_by_expert(chosen, count + (not every))
+    counts = counts[:count]
+    is_here = jnp.arange(len(places))[:, None] < jnp.sum(counts)
+
+    def masked(rows: Array) -> Array:
+        return rows if every else jnp.where(is_here, rows, 0)
+
+    out = masked(mlp(lambda rows, weight: grouped_linear(masked(rows), weight, counts), x[places // k], weights))
+    out = out[jnp.argsort(places)].reshape(*shares.shape, -1)
+    return jnp.sum(out.astype(jnp.float32) * shares[..., None], axis=1)
 
 
 def _ragged(x, weights, counts, *, precision):

@@ -15,24 +15,36 @@ def cross_entropy(
     mask: Float[Array, "*B"] | Int[Array, "*B"] | Bool[Array, "*B"] | None = None,
     *,
     z_loss: float = 0.0,
+    vocab_axis: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum_i mask_i * (log Z_i - logits[i, target_i] + z_loss * (log Z_i)^2), sum_i mask_i).
 
     log Z is the log-sum-exp over the vocabulary. Both results are float32, the first in nats.
     `mask` holds weights (None: all ones); where it is 0 the target may be anything, -100 included.
     z_loss (Chowdhery et al. 2022, "PaLM": 1e-4) keeps log Z near 0.
+    vocab_axis: in a shard_map, the mesh axis along which V is split evenly over devices.
     """
     logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+    log_z, first = _log_z(logits, vocab_axis)
     # A comparison, not a gather: its gradient fuses with the softmax's, where a gather's is a
     # scatter into a second [B, V] array, and it stays local when V is sharded.
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
-    nats = log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    tokens = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    of_target = jnp.sum(jnp.where(tokens == targets[..., None], logits, 0.0), axis=-1)
+    nats = log_z - (of_target if vocab_axis is None else jax.lax.psum(of_target, vocab_axis))
     nats = nats + z_loss * jnp.square(log_z)
     if mask is None:
         return jnp.sum(nats), jnp.asarray(nats.size, jnp.float32)
     weights = mask.astype(jnp.float32)
     return jnp.sum(jnp.where(weights == 0, 0.0, nats * weights)), jnp.sum(weights)
+
+
+def _log_z(logits, vocab_axis):
+    """The log-sum-exp, and the first of the tokens that are here."""
+    if vocab_axis is None:
+        return jax.nn.logsumexp(logits, axis=-1), 0
+    highest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), vocab_axis)
+    total = jax.lax.psum(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1), vocab_axis)
+    return highest + jnp.log(total), jax.lax.axis_index(vocab_axis) * logits.shape[-1]
 
 
 # --- Without the logits ---------------------------------------------------------------------------
@@ -55,6 +67,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     chunk_elements: int | None = None,
+    vocab_axis: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`cross_entropy(logits, targets, mask, z_loss=z_loss)` of logits = hidden @ weight.T, never all in memory.
 
@@ -65,7 +78,8 @@ def linear_cross_entropy(
     at least; if they all fit, there is no loop. Since the result is a sum, each chunk's gradient is taken while
     its logits are there (as Hsu et al. 2024, "Liger Kernel", do), and no product is computed twice. Rows may be
     sharded along any axis: a chunk takes every n-th place of the last one, so that each device works on rows of
-    its own. Differentiable in hidden, weight and mask, by reverse mode only.
+    its own. Differentiable in hidden, weight and mask, by reverse mode only. vocab_axis: of `cross_entropy`; the
+    gradient with respect to hidden is this device's part then, as shard_map sums it.
     """
     if chunk_elements is None:
         chunk_elements = max(CACHED_ELEMENTS, weight.size // 2)
@@ -74,7 +88,7 @@ def linear_cross_entropy(
     places = targets.shape[-1] if targets.ndim else 1
     rows_per_place = targets.size // max(places, 1)
     in_chunk = max(1, chunk_elements // max(1, rows_per_place * weight.shape[0]))
-    static = _Static(z_loss, softcap, math.ceil(places / in_chunk))
+    static = _Static(z_loss, softcap, math.ceil(places / in_chunk), vocab_axis)
     return _linear_nats(hidden, weight, targets, weights, static), count
 
 
@@ -84,6 +98,7 @@ class _Static(NamedTuple):
     z_loss: float
     softcap: float | None
     chunks: int
+    vocab_axis: str | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -130,7 +145,7 @@ _linear_nats.defvjp(_linear_nats_and_gradient, _scale)
 def _nats(logits, targets, weights, static):
     if static.softcap is not None:
         logits = static.softcap * jnp.tanh(logits / static.softcap)
-    return cross_entropy(logits, targets, weights, z_loss=static.z_loss)[0]
+    return cross_entropy(logits, targets, weights, z_loss=static.z_loss, vocab_axis=static.vocab_axis)[0]
 
 
 def _over_chunks(chunk, carry, rows, chunks: int):
@@ -160,9 +175,7 @@ def _tensordot_f32(a, b, axes):
     """`jnp.tensordot` with float32 accumulation and result, whatever the dtype."""
 
     def product(a, b):
-        return jnp.tensordot(
-            a, b, axes, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
+        return jnp.tensordot(a, b, axes, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     if a.dtype == b.dtype == jnp.float32:
         return product(a, b)

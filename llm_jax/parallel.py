@@ -1,0 +1,255 @@
+"""The network's products on a mesh that splits it: what each device computes, and what is sent between them.
+
+Written out, so that what is sent is known: a weight that is split along "fsdp" is gathered for a product, and
+again for its gradient, which is summed and split again at once; along "tensor" each device has its own columns or
+rows, and the sums of products of rows are sent (Shoeybi et al. 2019, "Megatron-LM"); along "context" the keys and
+values of a text are gathered; along "expert" tokens are, and each device's experts take theirs.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from llm_jax import ops
+from llm_jax.sharding import ROWS, SPLIT, param_spec
+
+TOKENS = P(ROWS, "context")
+ACTIVATIONS = P(ROWS, "context", None)
+PRODUCT = "product"  # what remat="dots" keeps: products with weights, not those of attention
+
+
+def constrain(x: Float[Array, "B T D"], mesh: Mesh) -> Float[Array, "B T D"]:
+    """x with each device's own texts, or parts of them, on it."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS))
+
+
+def _shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _gathered(weight: Array, spec: P, mesh: Mesh) -> Array:
+    """Whole along "fsdp"."""
+    for axis, name in enumerate(spec):
+        if name == "fsdp" and mesh.shape["fsdp"] > 1:
+            weight = jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
+    return weight
+
+
+def _sum(x: Array, names: tuple[str, ...], mesh: Mesh) -> Array:
+    names = tuple(name for name in names if mesh.shape[name] > 1)
+    return jax.lax.psum(x, names) if names else x
+
+
+# --- Products with a matrix --------------------------------------------------------------------------
+
+
+class _How(NamedTuple):
+    """What of a product is known when it is compiled."""
+
+    mesh: Mesh
+    letters: str
+    inputs: int
+    keeps_apart: bool
+
+    @property
+    def weight(self) -> P:
+        return param_spec(self.letters)
+
+    def rows(self, letters: str) -> P:
+        """Of activations, whose last axes these are: whole along "fsdp"."""
+        return P(*TOKENS, *(SPLIT.get(letter) if letter != "D" else None for letter in letters))
+
+    @property
+    def x(self) -> P:
+        return self.rows(self.letters[: self.inputs])
+
+    @property
+    def y(self) -> P:
+        return self.rows(self.letters[self.inputs :])
+
+
+def linear(
+    x: Float[Array, "B T ..."],
+    weight: Float[Array, "..."],
+    *,
+    letters: str,
+    inputs: int,
+    mesh: Mesh,
+    keeps_apart: bool = False,
+) -> Float[Array, "B T ..."]:
+    """The product of x's last axes with the weight's first, `inputs` of them; both as `sharding.param_spec` has them.
+
+    Args:
+        letters: of the weight's axes.
+        keeps_apart: the gradient gathers the weight again, where a compiler sees both passes and would keep it.
+    """
+    return _linear(x, weight, _How(mesh, letters, inputs, keeps_apart))
+
+
+def _flat(x: Array, weight: Array, inputs: int) -> tuple[Array, Array]:
+    width = math.prod(weight.shape[:inputs])
+    return x.reshape(*x.shape[:2], width), weight.reshape(width, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x, weight, how):
+    def product(x, weight):
+        weight = _gathered(weight, how.weight, how.mesh)
+        y = ops.linear(*_flat(x, weight, how.inputs)).reshape(*x.shape[:2], *weight.shape[how.inputs :])
+        return _sum(y, ("tensor",), how.mesh) if "tensor" in how.x else y
+
+    return _shard_map(product, how.mesh, (how.x, how.weight), how.y)(x, weight)
+
+
+def _linear_forward(x, weight, how):
+    return _linear(x, weight, how), (x, weight)
+
+
+def _linear_backward(how, residuals, d_y):
+    def gradients(x, weight, d_y):
+        if how.keeps_apart:
+            weight, d_y = jax.lax.optimization_barrier((weight, d_y))
+        whole = _gathered(weight, how.weight, how.mesh)
+        flat_x, flat_weight = _flat(x, whole, how.inputs)
+        _, pull = jax.vjp(ops.linear, flat_x, flat_weight)
+        d_x, d_whole = pull(d_y.reshape(*flat_x.shape[:2], -1))
+        d_x = d_x.reshape(x.shape)
+        d_x = _sum(d_x, ("tensor",), how.mesh) if "tensor" in how.y else d_x
+        d_weight = d_whole.reshape(whole.shape).astype(jnp.float32)  # sums of bfloat16 would lose digits
+        if "fsdp" in how.weight and how.mesh.shape["fsdp"] > 1:
+            at = tuple(how.weight).index("fsdp")
+            d_weight = jax.lax.psum_scatter(d_weight, "fsdp", scatter_dimension=at, tiled=True)
+        d_weight = _sum(d_weight, ("data", "expert", "context"), how.mesh)
+        return d_x, d_weight.astype(weight.dtype)
+
+    specs = (how.x, how.weight)
+    return _shard_map(gradients, how.mesh, (*specs, how.y), specs)(*residuals, d_y)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+# --- Attention ---------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    mesh: Mesh,
+    **how: Any,
+) -> Float[Array, "B T N H"]:
+    """`ops.attention`, causal: each device its own texts, heads, and part of each text, to keys of all before it."""
+    attend = functools.partial(ops.attention, device=mesh.devices.flat[0], **how)
+    if mesh.size == 1:
+        return attend(q, k, v)
+    parts = mesh.shape["context"]
+
+    def on_device(q, k, v):
+        if parts == 1:
+            return attend(q, k, v)
+        k, v = (jax.lax.all_gather(each, "context", axis=1, tiled=True) for each in (k, v))
+        time = q.shape[1]
+
+        def part(i: int) -> Callable[..., Array]:
+            return lambda q, k, v: attend(q, k[:, : (i + 1) * time], v[:, : (i + 1) * time])
+
+        return jax.lax.switch(jax.lax.axis_index("context"), [part(i) for i in range(parts)], q, k, v)
+
+    heads = P(ROWS, "context", "tensor", None)
+    return _shard_map(on_device, mesh, (heads,) * 3, heads)(q, k, v)
+
+
+# --- Tables of the vocabulary --------------------------------------------------------------------------
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, mesh: Mesh) -> Float[Array, "B T D"]:
+    """table[tokens]."""
+    spec = param_spec("VD")
+
+    def look_up(table, tokens):
+        table = _gathered(table, spec, mesh)
+        if mesh.shape["tensor"] == 1:
+            return table[tokens]
+        rows = tokens - jax.lax.axis_index("tensor") * len(table)
+        is_here = (rows >= 0) & (rows < len(table))
+        found = jnp.where(is_here[..., None], table[jnp.where(is_here, rows, 0)], 0)
+        return _sum(found, ("tensor",), mesh)
+
+    return _shard_map(look_up, mesh, (spec, TOKENS), ACTIVATIONS)(table, tokens)
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    *,
+    softcap: float | None,
+    chunk_elements: int,
+    mesh: Mesh,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`ops.linear_cross_entropy`, summed over all devices, once; chunk_elements: of one device."""
+    spec = param_spec("VD")
+
+    def on_device(hidden, weight, targets, mask):
+        weight = _gathered(weight, spec, mesh)
+        sums = ops.linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            mask,
+            softcap=softcap,
+            chunk_elements=chunk_elements,
+            vocab_axis="tensor" if mesh.shape["tensor"] > 1 else None,
+        )
+        return jax.tree.map(lambda x: _sum(x, (*ROWS, "context"), mesh), sums)
+
+    specs = (ACTIVATIONS, spec, TOKENS, TOKENS)
+    return _shard_map(on_device, mesh, specs, (P(), P()))(hidden, weight, targets, mask)
+
+
+# --- Experts -----------------------------------------------------------------------------------------
+
+
+def experts(
+    x: Float[Array, "B T D"],
+    router: Float[Array, "D E"],
+    weights: dict[str, Float[Array, "E ..."]],
+    mlp: Callable[..., Array],
+    *,
+    k: int,
+    normalize: bool,
+    mesh: Mesh,
+) -> Float[Array, "B T D"]:
+    """`ops.mix_experts`, each expert on one device of "expert", to which the tokens of the others are sent: all of
+    them, since any number may choose the same expert.
+
+    Args:
+        weights: "up" and "gate", [E, D, F], and "down", [E, F, D].
+    """
+    specs = {name: param_spec("EFD" if name == "down" else "EDF") for name in weights}
+
+    # Weights are gathered again for the gradient, instead of being kept whole.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
+    def on_device(x, router, weights):
+        weights = {name: _gathered(weight, specs[name], mesh) for name, weight in weights.items()}
+        if mesh.shape["expert"] > 1:
+            x = jax.lax.all_gather(x, "expert", axis=0, tiled=True)
+        rows, count = x.reshape(-1, x.shape[-1]), len(weights["up"])
+        part = dict(first=jax.lax.axis_index("expert") * count, count=count) if mesh.shape["expert"] > 1 else {}
+        y = ops.mix_experts(rows, ops.linear(rows, router), weights, mlp, k=k, normalize=normalize, **part)
+        y = _sum(y.reshape(x.shape), ("tensor",), mesh)
+        if mesh.shape["expert"] > 1:
+            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+        return y.astype(x.dtype)
+
+    return _shard_map(on_device, mesh, (ACTIVATIONS, P(), specs), ACTIVATIONS)(x, router, weights)
