@@ -51,7 +51,7 @@ class Instruction:
     shapes: tuple[Shape, ...]  # of the result; of a tuple all arrays in it, also those of tuples in the tuple
     operands: tuple["Instruction", ...] = dataclasses.field(repr=False)
     arguments: str  # what stands in the parentheses: of a constant its value, of a parameter its number
-    attributes: str = dataclasses.field(repr=False)  # what stands after them
+    attributes: str = dataclasses.field(repr=False)  # what stands after the parentheses
     op_name: str = ""  # from JAX: jit(step)/jvp(Model)/while/body/attn/dot_general
 
     def attribute(self, name: str) -> str | None:
@@ -145,8 +145,8 @@ def _instruction(name: str, rest: str, computation: Computation) -> Instruction:
     operands: tuple[Instruction, ...] = ()
     if opcode not in ("constant", "parameter"):
         words = re.sub(r"/\*.*?\*/", "", arguments)
-        names = re.findall(r"%([^\s,]+)", words) or [word.strip() for word in words.split(",")]
-        operands = tuple(computation.instructions[each] for each in names if each in computation.instructions)
+        names = re.findall(r"%([^\s,]+)", words) or [word.strip() for word in words.split(",") if word.strip()]
+        operands = tuple(computation.instructions[each] for each in names)
     op_name = _OP_NAME.search(attributes)
     return Instruction(
         name, opcode, shapes_of(rest[:end]), operands, arguments, attributes, op_name[1] if op_name else ""
@@ -307,7 +307,3 @@ def trip_count(program: Program, loop: Instruction, start: Value) -> int | None:
             return turns
         state = Values(program, body, (state,)).root()
     return None
-
-
-def loops(computation: Computation) -> Iterator[Instruction]:
-    yield from (each for each in computation.instructions.values() if each.opcode == "while")

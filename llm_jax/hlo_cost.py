@@ -12,10 +12,10 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from llm_jax import hlo
-from llm_jax.hlo import Computation, Instruction, Program
+from llm_jax.hlo import Computation, Instruction, Program, Shape
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -136,7 +136,9 @@ def scope(op_name: str) -> tuple[str, ...]:
     parts = _parts(op_name.split(";")[0])[:-1]  # the last is the operation itself
     names = []
     for part in parts:
-        while (inner := re.fullmatch(r"(?!\w*jit\()\w+\((.*)\)", part)) is not None:  # jvp(...), transpose(...), vmap(...)
+        while (
+            inner := re.fullmatch(r"(?!\w*jit\()\w+\((.*)\)", part)
+        ) is not None:  # jvp(...), transpose(...), vmap(...)
             part = inner[1]
         names += [name for name in part.split("/") if name and not _STRUCTURE.fullmatch(name)]
     return tuple(names)
@@ -231,14 +233,24 @@ HBM = 0  # the memory space
 _MOVES_NOTHING = (
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id domain"
 ).split()
+_BEGINS_COLLECTIVE = "AsyncCollectiveStart"
 # Of a TPU: names for what lies there already.
 _FREE_CALLS = "AllocateBuffer ConcatBitcast AssumeGatherIndicesInBound Sharding AsyncCollectiveDone".split()
 # An element of the result is one of the operand: who takes a slice of it has taken a slice of the operand.
 _ELEMENTWISE = "bitcast convert copy reshape transpose".split()
 
 
-def _in_hbm(instruction: Instruction) -> float:
-    return sum(shape.padded_size * shape.itemsize for shape in instruction.shapes if shape.memory_space == HBM)
+def _in_hbm(shapes: Sequence[Shape]) -> float:
+    return sum(shape.padded_size * shape.itemsize for shape in shapes if shape.memory_space == HBM)
+
+
+def _target(instruction: Instruction) -> str:
+    """Of a custom call the name of its kernel; of others nothing."""
+    return (instruction.attribute("custom_call_target") or "").strip('",')
+
+
+def _is_free_call(instruction: Instruction) -> bool:
+    return _target(instruction) in _FREE_CALLS
 
 
 class _Memory:
@@ -279,7 +291,7 @@ class _Memory:
         for user in inner.users.get(source, []):
             if user.opcode in _ELEMENTWISE and user is not inner.root:
                 total += self._taken(inner, user)
-            elif user.opcode == "tuple" or _goes_on_elsewhere(user, inner):
+            elif user.opcode == "tuple" or _is_free_call(user) or _goes_on_elsewhere(user, inner):
                 continue  # handed on
             elif user.opcode == "dynamic-update-slice" and not self._is_in_place(inner, user):
                 total += source.shapes[0].padded_size
@@ -301,30 +313,29 @@ class _Memory:
             return self._result(inner.root, inner)
         if opcode in ("dynamic-update-slice", "scatter"):
             return self._changed(instruction, done)
-        return _in_hbm(done)
+        return _in_hbm(done.shapes)
 
     def _result(self, part: Instruction, inner: Computation) -> float:
         """That a fusion writes for its result, or a part of it."""
         if part.opcode == "tuple":
             return sum(self._result(each, inner) for each in dict.fromkeys(part.operands))
-        if part.opcode == "parameter" or _goes_on_elsewhere(part, inner):
+        if part.opcode == "parameter" or _is_free_call(part) or _goes_on_elsewhere(part, inner):
             return 0.0
-        if part.opcode == "custom-call" and part.attribute("custom_call_target") == '"AsyncCollectiveStart"':
-            return sum(shape.padded_size * shape.itemsize for shape in part.shapes[1:2] if shape.memory_space == HBM)
+        if _target(part) == _BEGINS_COLLECTIVE:  # its result is a tuple: operand, result, semaphores
+            return _in_hbm(part.shapes[1:2])
         source = _through_bitcasts(part)
         if source.opcode in ("dynamic-update-slice", "scatter"):
             is_buffer = _through_bitcasts(source.operands[0]).opcode == "parameter"
-            return self._changed(source, part) if is_buffer else _in_hbm(part)
+            return self._changed(source, part) if is_buffer else _in_hbm(part.shapes)
         if source.opcode == "fusion":
             return self.written(source, part)
-        return _in_hbm(part)
+        return _in_hbm(part.shapes)
 
     def _changed(self, update: Instruction, result: Instruction) -> float:
-        """An update in place is read and written where it lands; a scatter reads what it adds to (`read`)."""
-        (shape,) = result.shapes[:1]
-        if shape.memory_space != HBM:
-            return 0.0
-        return update.operands[1 if update.opcode == "dynamic-update-slice" else -1].shapes[0].padded_size * shape.itemsize
+        """An update in place is written where it lands, and the rest of the buffer stays as it is."""
+        shape = result.shapes[0]
+        new = update.operands[1 if update.opcode == "dynamic-update-slice" else -1].shapes[0]
+        return new.padded_size * shape.itemsize if shape.memory_space == HBM else 0.0
 
 
 def _through_bitcasts(part: Instruction) -> Instruction:
@@ -367,21 +378,20 @@ def groups(instruction: Instruction, num_devices: int) -> tuple[int, int]:
     return num_devices, 1
 
 
-def _is_scattered(instruction: Instruction, inner: Computation) -> bool:
-    """Of a sum over devices in a fusion each keeps a slice: so a TPU writes a reduce-scatter."""
-    users = inner.users.get(instruction, [])
-    parts = [user for user in users if user.opcode in ("get-tuple-element", "bitcast")]
-    slices = [user for user in users if user.opcode == "dynamic-slice"]
-    return (
-        bool(users) and len(parts) + len(slices) == len(users) and all(_is_scattered(part, inner) for part in parts)
-    )
+def _kept_slices(total: Instruction, inner: Computation) -> list[Instruction]:
+    """Of a sum over devices, in a fusion, the slices that each keeps; empty if something else reads it whole.
 
-
-def _slices(instruction: Instruction, inner: Computation) -> list[Instruction]:
-    users = inner.users.get(instruction, [])
-    return [user for user in users if user.opcode == "dynamic-slice"] + [
-        found for user in users if user.opcode in ("get-tuple-element", "bitcast") for found in _slices(user, inner)
-    ]
+    So a TPU writes a reduce-scatter.
+    """
+    slices: list[Instruction] = []
+    for user in inner.users.get(total, []):
+        if user.opcode == "dynamic-slice":
+            slices.append(user)
+        elif user.opcode in ("get-tuple-element", "bitcast") and (found := _kept_slices(user, inner)):
+            slices += found
+        else:
+            return []
+    return slices
 
 
 def _logical_bytes(instructions: Collection[Instruction]) -> float:
@@ -400,13 +410,8 @@ class _Walk:
         module_of: Callable[[str], str],
     ):
         self.cost = Cost()
-        self._program, self._custom_call_flops, self._turns, self._module_of = (
-            program,
-            custom_call_flops,
-            turns,
-            module_of,
-        )
-        self._memory = _Memory(program)
+        self._program, self._memory = program, _Memory(program)
+        self._custom_call_flops, self._turns, self._module_of = custom_call_flops, turns, module_of
 
     def computation(self, computation: Computation, parameters: tuple[hlo.Value, ...], times: float) -> None:
         """Adds what a computation that is not fused costs; `parameters` are what is known of its arguments."""
@@ -443,7 +448,7 @@ class _Walk:
         self.cost.add(max(costs, key=lambda cost: (cost.flops, cost.bytes)))
 
     def _moves(self, instruction: Instruction, computation: Computation, times: float) -> None:
-        if instruction.opcode == "custom-call" and _target(instruction) in _FREE_CALLS:
+        if _is_free_call(instruction):
             return
         done = _done(instruction, computation)
         self.cost.bytes_read += times * self._memory.read(instruction, done)
@@ -461,7 +466,9 @@ class _Walk:
                 self._arithmetic(each, inner, times, op_name, fused=True)
         elif kind in COLLECTIVES and not (fused and _goes_on_elsewhere(instruction, computation)):
             self._collective(kind, instruction, computation, times, op_name, fused=fused)
-        elif kind == "custom-call" and _target(instruction) not in (*_FREE_CALLS, "AsyncCollectiveStart"):
+        elif kind == "custom-call":
+            if _is_free_call(instruction) or _target(instruction) == _BEGINS_COLLECTIVE:
+                return
             flops = self._custom_call_flops(instruction)
             self.cost.custom_calls.append(CustomCall(instruction, _target(instruction), times, flops))
             self._add_flops(op_name, times * flops)
@@ -477,8 +484,8 @@ class _Walk:
         self, kind: str, instruction: Instruction, inner: Computation, times: float, op_name: str, *, fused: bool
     ) -> None:
         result = [_done(instruction, inner)]
-        if fused and kind == "all-reduce" and _is_scattered(instruction, inner):
-            kind, result = "reduce-scatter", _slices(instruction, inner)
+        if fused and kind == "all-reduce" and (slices := _kept_slices(instruction, inner)):
+            kind, result = "reduce-scatter", slices
         size, number = groups(instruction, self._program.num_devices)
         self.cost.collectives.append(
             Collective(
@@ -492,10 +499,6 @@ class _Walk:
                 op_name,
             )
         )
-
-
-def _target(custom_call: Instruction) -> str:
-    return (custom_call.attribute("custom_call_target") or "").strip('",')
 
 
 def _done(instruction: Instruction, computation: Computation) -> Instruction:

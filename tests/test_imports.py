@@ -9,9 +9,10 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
-    {"files", "chat", "progress", "sampling_rules", "sentencepiece"},
-    {"ops", "config", "tokenizers", "cache"},
+    {"files", "chat", "progress", "sampling_rules", "sentencepiece", "hlo"},
+    {"ops", "config", "tokenizers", "cache", "hlo_cost"},
     {"sharding", "cpu", "config_file", "config_rules", "documents", "continuation"},
+    {"parallel"},
     {"layers"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},
     {"train_step", "generate", "report", "run_folder", "decode_weights"},
