@@ -76,6 +76,16 @@ def test_a_loop_that_data_decides_is_told_of_and_can_be_given():
     assert given.flops == 9 * PRODUCT and not given.unknown_loops
 
 
+def test_an_inner_loop_that_the_turn_decides_is_told_of():
+    def triangle(x, w):
+        inner = lambda i, x: jax.lax.fori_loop(0, i, lambda _, x: jnp.tanh(x @ w), x)
+        return jax.lax.fori_loop(0, 4, inner, x)
+
+    found = cost(triangle, (M, K), (K, K))
+    assert sorted(loop.turns or 0 for loop in found.loops) == [0, 4]
+    assert len(found.unknown_loops) == 1 and found.flops == 4 * PRODUCT
+
+
 def test_the_dearest_branch():
     def branches(i, x, w):
         return jax.lax.switch(i, [lambda x: x, lambda x: jnp.tanh(x @ w) @ w, lambda x: x @ w], x)
@@ -429,6 +439,10 @@ def test_an_update_in_place_writes_itself():
     assert (found.bytes_read, found.bytes_written) == (2**16, 2**16)
     alone = hlo_cost.analyse(tpu(entry(*ARGUMENTS, f"ROOT {update}")))
     assert (alone.bytes_read, alone.bytes_written) == (2**16, 2**16)
+    # A buffer that is made here is written whole.
+    new = "%z = f32[]{:T(128)} constant(0)", f"%b = {BIG} broadcast(%z), dimensions={{}}"
+    made = hlo_cost.analyse(fused(*ARGUMENTS, *new, f"ROOT {update.replace('%x', '%b')}", call=call))
+    assert (made.bytes_read, made.bytes_written) == (2**16, 6 * 2**16)
     # Of a copy all is read and written.
     elsewhere = hlo_cost.analyse(fused(*ARGUMENTS, update, f"ROOT %n = {BIG} negate(%u)", call=call))
     assert (elsewhere.bytes_read, elsewhere.bytes_written) == (7 * 2**16, 6 * 2**16)
