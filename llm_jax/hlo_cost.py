@@ -136,9 +136,7 @@ def scope(op_name: str) -> tuple[str, ...]:
     parts = _parts(op_name.split(";")[0])[:-1]  # the last is the operation itself
     names = []
     for part in parts:
-        while (
-            inner := re.fullmatch(r"(?!\w*jit\()\w+\((.*)\)", part)
-        ) is not None:  # jvp(...), transpose(...), vmap(...)
+        while inner := re.fullmatch(r"(?!\w*jit\()\w+\((.*)\)", part):  # jvp(...), transpose(...), vmap(...)
             part = inner[1]
         names += [name for name in part.split("/") if name and not _STRUCTURE.fullmatch(name)]
     return tuple(names)
@@ -181,9 +179,7 @@ def _convolution_flops(instruction: Instruction) -> float:
     lhs, kernel = (operand.shapes[0].dims for operand in instruction.operands)
     lhs_labels, kernel_labels, out_labels = re.split(r"_|->", instruction.attribute("dim_labels"))
     out = instruction.shapes[0].dims
-    groups = int(instruction.attribute("feature_group_count") or 1) * int(
-        instruction.attribute("batch_group_count") or 1
-    )
+    groups = math.prod(int(instruction.attribute(f"{of}_group_count") or 1) for of in ("feature", "batch"))
     window = dict(re.findall(r"(\w+)=(\S+)", instruction.attribute("window") or ""))
 
     def of_axis(name: str, axis: int, default: str) -> str:
