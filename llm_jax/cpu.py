@@ -1,5 +1,7 @@
 """What a process that trains on a CPU wants in its environment, before jax and malloc read it."""
 
+import dataclasses
+import math
 import os
 import platform
 import sys
@@ -33,12 +35,13 @@ def huge_pages(given: Mapping[str, str]) -> dict[str, str]:
 def devices(given: Mapping[str, str], cfg: Config) -> dict[str, str]:
     """The variables to add to `given` for a process that trains by this config; none where a person has set them.
 
-    As many devices as `mesh.data` wants, if there are as many cores. Else as many as there are cores, or as divide
+    As many devices as the mesh wants, if there are as many cores. Else as many as there are cores, or as divide
     the rows of a micro-batch; one for a wide model, or with dropout, whose mask is drawn for all rows at once.
     """
     if devices_are_set(given):
         return {}
-    rows, wanted = cfg.train.batch_size // cfg.train.accumulation_steps, cfg.mesh.data
+    rows = cfg.train.batch_size // cfg.train.accumulation_steps
+    wanted = math.prod(dataclasses.astuple(cfg.mesh))  # below 0 where one of them takes what is left
     if not 1 <= wanted <= cores():
         most = 1 if cfg.model.n_embd >= TOO_WIDE or cfg.model.dropout else min(cores(), MAX_DEVICES)
         wanted = max(n for n in range(1, most + 1) if rows % n == 0)

@@ -226,10 +226,10 @@ def _project(
         ends = np.cumsum(widths)[:-1]
         products = jnp.split(ops.decode_linear(rows, matrix).astype(cfg.compute_dtype), ends, axis=-1)
     elif sharding.splits_model(mesh):
-        how = dict(inputs=inputs, mesh=mesh, keeps_apart=cfg.layer_execution == "unrolled" and cfg.remat == "none")
-        products = [
-            parallel.linear(x, _declare(module, name, init), letters=_letters(module, name), **how) for name in names
-        ]
+        weights = [_declare(module, name, init) for name in names]
+        keeps_apart = cfg.layer_execution == "unrolled" and cfg.remat == "none"
+        letters = [_letters(module, name) for name in names]
+        products = parallel.linear(x, weights, letters=letters, inputs=inputs, mesh=mesh, keeps_apart=keeps_apart)
     else:
         products = [
             ops.linear(rows, _declare(module, name, init).reshape(-1, width))

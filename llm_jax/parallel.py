@@ -8,14 +8,14 @@ values of a text are gathered; along "expert" tokens are, and each device's expe
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from llm_jax import ops
 from llm_jax.sharding import ROWS, SPLIT, param_spec
@@ -54,43 +54,44 @@ class _How(NamedTuple):
     """What of a product is known when it is compiled."""
 
     mesh: Mesh
-    letters: str
+    letters: tuple[str, ...]
     inputs: int
     keeps_apart: bool
 
     @property
-    def weight(self) -> P:
-        return param_spec(self.letters)
-
-    def rows(self, letters: str) -> P:
-        """Of activations, whose last axes these are: whole along "fsdp"."""
-        return P(*TOKENS, *(SPLIT.get(letter) if letter != "D" else None for letter in letters))
+    def weights(self) -> tuple[P, ...]:
+        return tuple(map(param_spec, self.letters))
 
     @property
     def x(self) -> P:
-        return self.rows(self.letters[: self.inputs])
+        return _rows(self.letters[0][: self.inputs])
 
     @property
-    def y(self) -> P:
-        return self.rows(self.letters[self.inputs :])
+    def ys(self) -> tuple[P, ...]:
+        return tuple(_rows(letters[self.inputs :]) for letters in self.letters)
+
+
+def _rows(letters: str) -> P:
+    """Where activations lie whose last axes these are: whole along "fsdp"."""
+    return P(*TOKENS, *(SPLIT.get(letter) if letter != "D" else None for letter in letters))
 
 
 def linear(
     x: Float[Array, "B T ..."],
-    weight: Float[Array, "..."],
+    weights: Sequence[Float[Array, "..."]],
     *,
-    letters: str,
+    letters: Sequence[str],
     inputs: int,
     mesh: Mesh,
     keeps_apart: bool = False,
-) -> Float[Array, "B T ..."]:
-    """The product of x's last axes with the weight's first, `inputs` of them; both as `sharding.param_spec` has them.
+) -> tuple[Float[Array, "B T ..."], ...]:
+    """The products of x's last axes with each weight's first, `inputs` of them; all as `param_spec` splits them.
 
     Args:
-        letters: of the weight's axes.
-        keeps_apart: the gradient gathers the weight again, where a compiler sees both passes and would keep it.
+        letters: of each weight's axes.
+        keeps_apart: the gradient gathers the weights again, where a compiler sees both passes and would keep them.
     """
-    return _linear(x, weight, _How(mesh, letters, inputs, keeps_apart))
+    return _linear(x, tuple(weights), _How(mesh, tuple(letters), inputs, keeps_apart))
 
 
 def _flat(x: Array, weight: Array, inputs: int) -> tuple[Array, Array]:
@@ -99,41 +100,54 @@ def _flat(x: Array, weight: Array, inputs: int) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x, weight, how):
-    def product(x, weight):
-        weight = _gathered(weight, how.weight, how.mesh)
+def _linear(x, weights, how):
+    def product(x, weight, spec):
+        weight = _gathered(weight, spec, how.mesh)
         y = ops.linear(*_flat(x, weight, how.inputs)).reshape(*x.shape[:2], *weight.shape[how.inputs :])
         return _sum(y, ("tensor",), how.mesh) if "tensor" in how.x else y
 
-    return _shard_map(product, how.mesh, (how.x, how.weight), how.y)(x, weight)
+    def products(x, weights):
+        return tuple(product(x, weight, spec) for weight, spec in zip(weights, how.weights, strict=True))
+
+    return _shard_map(products, how.mesh, (how.x, how.weights), how.ys)(x, weights)
 
 
-def _linear_forward(x, weight, how):
-    return _linear(x, weight, how), (x, weight)
+def _linear_forward(x, weights, how):
+    return _linear(x, weights, how), (x, weights)
 
 
-def _linear_backward(how, residuals, d_y):
-    def gradients(x, weight, d_y):
-        if how.keeps_apart:
-            weight, d_y = jax.lax.optimization_barrier((weight, d_y))
-        whole = _gathered(weight, how.weight, how.mesh)
+def _linear_backward(how, residuals, d_ys):
+    def gradient(x, weight, spec, d_y):
+        whole = _gathered(weight, spec, how.mesh)
         flat_x, flat_weight = _flat(x, whole, how.inputs)
         _, pull = jax.vjp(ops.linear, flat_x, flat_weight)
         d_x, d_whole = pull(d_y.reshape(*flat_x.shape[:2], -1))
-        d_x = d_x.reshape(x.shape)
-        d_x = _sum(d_x, ("tensor",), how.mesh) if "tensor" in how.y else d_x
-        d_weight = d_whole.reshape(whole.shape).astype(jnp.float32)  # sums of bfloat16 would lose digits
-        if "fsdp" in how.weight and how.mesh.shape["fsdp"] > 1:
-            at = tuple(how.weight).index("fsdp")
-            d_weight = jax.lax.psum_scatter(d_weight, "fsdp", scatter_dimension=at, tiled=True)
-        d_weight = _sum(d_weight, ("data", "expert", "context"), how.mesh)
-        return d_x, d_weight.astype(weight.dtype)
+        return d_x.reshape(x.shape), _summed_gradient(d_whole.reshape(whole.shape), spec, how.mesh).astype(
+            weight.dtype
+        )
 
-    specs = (how.x, how.weight)
-    return _shard_map(gradients, how.mesh, (*specs, how.y), specs)(*residuals, d_y)
+    def gradients(x, weights, d_ys):
+        if how.keeps_apart:
+            weights, d_ys = jax.lax.optimization_barrier((weights, d_ys))
+        each = zip(weights, how.weights, d_ys, strict=True)
+        d_xs, d_weights = zip(*(gradient(x, *one) for one in each), strict=True)
+        d_x = functools.reduce(jnp.add, d_xs)
+        return _sum(d_x, ("tensor",), how.mesh) if "tensor" in how.ys[0] else d_x, d_weights
+
+    specs = (how.x, how.weights)
+    return _shard_map(gradients, how.mesh, (*specs, how.ys), specs)(*residuals, d_ys)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _summed_gradient(gradient: Array, spec: P, mesh: Mesh) -> Float32[Array, "..."]:
+    """Of a whole weight by this device's rows -> by all rows, split as the weight is."""
+    gradient = gradient.astype(jnp.float32)  # sums of bfloat16 would lose digits
+    if "fsdp" in spec and mesh.shape["fsdp"] > 1:
+        at = tuple(spec).index("fsdp")
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=at, tiled=True)
+    return _sum(gradient, ("data", "expert", "context"), mesh)
 
 
 # --- Attention ---------------------------------------------------------------------------------------
@@ -173,18 +187,45 @@ def attention(
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, mesh: Mesh) -> Float[Array, "B T D"]:
     """table[tokens]."""
-    spec = param_spec("VD")
+    return _embed(table, tokens, mesh)
 
+
+TABLE = param_spec("VD")
+
+
+def _places(rows: int, tokens: Int[Array, "B T"], mesh: Mesh) -> Int[Array, "B T"]:
+    """Of tokens in this device's rows of the table; behind them, of those that are not there."""
+    if mesh.shape["tensor"] == 1:
+        return tokens
+    places = tokens - jax.lax.axis_index("tensor") * rows
+    return jnp.where((places >= 0) & (places < rows), places, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed(table, tokens, mesh):
     def look_up(table, tokens):
-        table = _gathered(table, spec, mesh)
-        if mesh.shape["tensor"] == 1:
-            return table[tokens]
-        rows = tokens - jax.lax.axis_index("tensor") * len(table)
-        is_here = (rows >= 0) & (rows < len(table))
-        found = jnp.where(is_here[..., None], table[jnp.where(is_here, rows, 0)], 0)
-        return _sum(found, ("tensor",), mesh)
+        table = _gathered(table, TABLE, mesh)
+        places = _places(len(table), tokens, mesh)
+        return _sum(table.at[places].get(mode="fill", fill_value=0), ("tensor",), mesh)
 
-    return _shard_map(look_up, mesh, (spec, TOKENS), ACTIVATIONS)(table, tokens)
+    return _shard_map(look_up, mesh, (TABLE, TOKENS), ACTIVATIONS)(table, tokens)
+
+
+def _embed_forward(table, tokens, mesh):
+    return _embed(table, tokens, mesh), (table, tokens)
+
+
+def _embed_backward(mesh, residuals, d_x):
+    def gradient(table, tokens, d_x):
+        rows, width = len(table), d_x.shape[-1]
+        whole = jnp.zeros((rows, width), jnp.float32)
+        whole = whole.at[_places(rows, tokens, mesh)].add(d_x.astype(jnp.float32), mode="drop")
+        return _summed_gradient(whole, TABLE, mesh).astype(table.dtype)
+
+    return _shard_map(gradient, mesh, (TABLE, TOKENS, ACTIVATIONS), TABLE)(*residuals, d_x), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
 
 
 def linear_cross_entropy(
@@ -194,14 +235,13 @@ def linear_cross_entropy(
     mask: Float[Array, "B T"],
     *,
     softcap: float | None,
-    chunk_elements: int,
+    chunk_elements: int | None,
     mesh: Mesh,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`ops.linear_cross_entropy`, summed over all devices, once; chunk_elements: of one device."""
-    spec = param_spec("VD")
 
     def on_device(hidden, weight, targets, mask):
-        weight = _gathered(weight, spec, mesh)
+        weight = _gathered(weight, TABLE, mesh)
         sums = ops.linear_cross_entropy(
             hidden,
             weight,
@@ -213,7 +253,7 @@ def linear_cross_entropy(
         )
         return jax.tree.map(lambda x: _sum(x, (*ROWS, "context"), mesh), sums)
 
-    specs = (ACTIVATIONS, spec, TOKENS, TOKENS)
+    specs = (ACTIVATIONS, TABLE, TOKENS, TOKENS)
     return _shard_map(on_device, mesh, specs, (P(), P()))(hidden, weight, targets, mask)
 
 

@@ -111,7 +111,7 @@ def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn
                 batch.targets,
                 batch.mask,
                 softcap=cfg.final_softcap,
-                chunk_elements=CHUNK_ELEMENTS,
+                chunk_elements=None if sharding.is_cpu(mesh) else CHUNK_ELEMENTS,
                 mesh=mesh,
             )
         return ops.linear_cross_entropy(

@@ -30,13 +30,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     given = math.prod(size for size in sizes.values() if size != -1)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if given > len(devices) or len(devices) % given or (not open_axes and given != len(devices)):
-        told = (
-            " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items() if size not in (1, -1)) or "mesh.data 1"
+        told = " x ".join(f"mesh.{axis} ({size})" for axis, size in sizes.items() if size not in (1, -1))
+        rule = "must divide" if open_axes else "must be"
+        raise InputError(
+            f"{told or 'mesh.data (1)'} {rule} the number of devices ({len(devices)}); -1 for one of them takes what "
+            "is left"
         )
-        rule = (
-            f"must divide the number of devices ({len(devices)})" if open_axes else f"must be {len(devices)} devices"
-        )
-        raise InputError(f"{told} = {given} {rule}; -1 for one of them takes what is left")
     shape = [len(devices) // given if sizes[axis] == -1 else sizes[axis] for axis in AXES]
     if devices[0].platform == "tpu":
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)

@@ -28,7 +28,9 @@ ROWS = [
     {"main", "sample", "convert", "plan", "bench", "evaluate", "serve", "compare"},
 ]
 COMMANDS = ROWS[-1]
-NUMPY_ONLY = {"documents", "corpus", "data", "tokenizers", "interop", "config", "config_file", "config_rules"}
+NUMPY_ONLY = set(
+    "documents corpus data tokenizers interop config config_file config_rules hlo hlo_cost".split()
+)
 FILES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -463,7 +463,7 @@ def test_a_batch_that_does_not_divide_over_the_devices(commands, files):
     arguments = [f"--config={TINY}", "--config.data.path=book.txt", "--config.train.batch_size=12"]
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     message = mistake(commands.run("main", *arguments, cwd=files, env=env))
-    assert "train.batch_size" in message and "12" in message and "devices (8)" in message
+    assert "train.batch_size" in message and "12" in message and "rows (8)" in message
     assert not (files / "runs").exists()
 
 

@@ -626,7 +626,7 @@ def test_nothing_is_compiled_again(config, tmp_path, one_device, monkeypatch):
 
 def test_a_mistake_is_told_before_anything_is_written(config, tmp_path):
     workdir = tmp_path / "run"
-    assert "devices (8)" in error_of(fit, config(**{"train.batch_size": 6}), workdir=workdir)
+    assert "rows (8)" in error_of(fit, config(**{"train.batch_size": 6}), workdir=workdir)
     assert "(255)" in error_of(fit, config(**{"model.vocab_size": 255}), workdir=workdir)
     assert "mesh.data (3)" in error_of(fit, config(**{"mesh.data": 3}), workdir=workdir)
     assert "missing.txt" in error_of(fit, config(**{"data.path": "missing.txt"}), workdir=workdir)
