@@ -36,10 +36,27 @@ def _shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_spec
 
 def _gathered(weight: Array, spec: P, mesh: Mesh) -> Array:
     """Whole along "fsdp"."""
-    for axis, name in enumerate(spec):
-        if name == "fsdp" and mesh.shape["fsdp"] > 1:
-            weight = jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
-    return weight
+    if "fsdp" not in spec or mesh.shape["fsdp"] == 1:
+        return weight
+    return _all_gather(weight, tuple(spec).index("fsdp"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _all_gather(weight, axis):
+    return jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
+
+
+def _scatter(axis, _, gradient):
+    return (_sum_scattered(gradient, axis).astype(gradient.dtype),)
+
+
+_all_gather.defvjp(lambda weight, axis: (_all_gather(weight, axis), None), _scatter)
+
+
+def _sum_scattered(gradient: Array, axis: int) -> Float32[Array, "..."]:
+    """The sum over "fsdp", of which each device keeps its part."""
+    # In float32: sums of bfloat16 would lose digits.
+    return jax.lax.psum_scatter(gradient.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True)
 
 
 def _sum(x: Array, names: tuple[str, ...], mesh: Mesh) -> Array:
@@ -143,11 +160,9 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 def _summed_gradient(gradient: Array, spec: P, mesh: Mesh) -> Float32[Array, "..."]:
     """Of a whole weight by this device's rows -> by all rows, split as the weight is."""
-    gradient = gradient.astype(jnp.float32)  # sums of bfloat16 would lose digits
     if "fsdp" in spec and mesh.shape["fsdp"] > 1:
-        at = tuple(spec).index("fsdp")
-        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=at, tiled=True)
-    return _sum(gradient, ("data", "expert", "context"), mesh)
+        gradient = _sum_scattered(gradient, tuple(spec).index("fsdp"))
+    return _sum(gradient.astype(jnp.float32), ("data", "expert", "context"), mesh)
 
 
 # --- Attention ---------------------------------------------------------------------------------------

@@ -104,19 +104,13 @@ def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn
     def loss_fn(params: model.Params, batch: data.Batch, key: Array | None) -> tuple[Array, Array]:
         dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
         hidden, output, _ = network.apply({"params": params}, batch.tokens, method="hidden", **dropout)
-        if sharding.splits_model(mesh):
-            return parallel.linear_cross_entropy(
-                hidden,
-                output,
-                batch.targets,
-                batch.mask,
-                softcap=cfg.final_softcap,
-                chunk_elements=None if sharding.is_cpu(mesh) else CHUNK_ELEMENTS,
-                mesh=mesh,
-            )
-        return ops.linear_cross_entropy(
-            hidden, output, batch.targets, batch.mask, softcap=cfg.final_softcap, chunk_elements=chunk_elements
-        )
+        rows = (hidden, output, batch.targets, batch.mask)
+        with jax.named_scope("lm_head"):
+            if sharding.splits_model(mesh):
+                elements = None if sharding.is_cpu(mesh) else CHUNK_ELEMENTS
+                how = dict(softcap=cfg.final_softcap, chunk_elements=elements, mesh=mesh)
+                return parallel.linear_cross_entropy(*rows, **how)
+            return ops.linear_cross_entropy(*rows, softcap=cfg.final_softcap, chunk_elements=chunk_elements)
 
     return loss_fn
 

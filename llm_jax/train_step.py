@@ -61,6 +61,9 @@ def make_train_step(
         def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
             micro_batch, i = xs
             out = grad_fn(params, micro_batch, jax.random.fold_in(key, i))
+            if place is not None:
+                # Else XLA for TPUs moves sums over devices behind the loop, where it can't: it ends with a failed check.
+                out = jax.lax.optimization_barrier(out)
             sums, grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out)
             return (sums, grads if place is None else place(grads)), None
 
@@ -84,7 +87,8 @@ def make_train_step(
         grads = grads if place is None else place(grads)
         count = jnp.maximum(count, 1)  # a batch with nothing to predict has loss 0, not NaN
         grads = jax.tree.map(lambda g, leaf: (g / count).astype(leaf.dtype), grads, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": nats / count,
             "learning_rate": schedule(state.step),

@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "llm_jax"
 ROWS = [
     {"files", "chat", "progress", "sampling_rules", "sentencepiece", "hlo"},
     {"ops", "config", "tokenizers", "cache", "hlo_cost"},
-    {"sharding", "cpu", "config_file", "config_rules", "documents", "continuation"},
+    {"sharding", "chips", "cpu", "config_file", "config_rules", "documents", "continuation"},
     {"parallel"},
     {"layers"},
     {"model", "optim", "checkpoint", "corpus", "data", "interop"},
@@ -19,6 +19,7 @@ ROWS = [
     {"pretrained"},
     {"published", "init_from"},
     {"programs", "runs", "decoding", "speculative"},
+    {"planning"},
     {"text_model", "engine"},
     {"exported"},
     {"export"},

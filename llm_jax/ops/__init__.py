@@ -14,7 +14,7 @@ The functions `rope`, `attention` and `linear` win over the submodules of the sa
 are `sys.modules["llm_jax.ops.rope"]`.
 """
 
-from llm_jax.ops.attention import MASK_VALUE, attention, cached_attention, einsum_f32, masked_attention
+from llm_jax.ops.attention import MASK_VALUE, SPLASH_BLOCKS, attention, cached_attention, einsum_f32, masked_attention
 from llm_jax.ops.experts import grouped_linear, mix_experts, route, sort_by_expert
 from llm_jax.ops.kv_cache import (
     EmptyCache,
@@ -36,6 +36,7 @@ from llm_jax.ops.sampling import draw, masked_draw, min_p_mask, penalize, top_k_
 
 __all__ = [
     "MASK_VALUE",
+    "SPLASH_BLOCKS",
     "DecodeWeight",
     "EmptyCache",
     "LayerCache",

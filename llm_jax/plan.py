@@ -1,0 +1,87 @@
+"""Whether a run fits on devices that are not here, and how fast it can be at most:
+
+python -m llm_jax.plan --config=configs/llama3_8b.py --topology=v5p:4x4x4 [--config.mesh.fsdp=16 ...]
+
+Compiles the training step for them, which needs libtpu (pip install 'llm_jax[tpu]', in an environment of its own);
+--topology=cpu:8 needs nothing. No data is read.
+"""
+
+import json
+import os
+
+from absl import flags as absl_flags
+
+from llm_jax import flags
+from llm_jax.chips import number_of_cpus
+from llm_jax.config_file import load_file, override
+from llm_jax.config_rules import freeze
+from llm_jax.errors import InputError
+from llm_jax.progress import say
+
+_CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/llama3_8b.py.")
+_CHANGES = absl_flags.DEFINE_multi_string(
+    flags.CONFIG_CHANGES, [], "Changes a key of the config, such as --config.mesh.fsdp=16."
+)
+_TOPOLOGY = absl_flags.DEFINE_string(
+    "topology", None, "Chips and how they are linked: v5e:2x4, v5p:4x4x4, cpu:8, ..."
+)
+_JSON = absl_flags.DEFINE_bool("json", False, "The numbers as one line of JSON.")
+
+GIB = 2**30
+
+
+def main() -> None:
+    if not _CONFIG.value or not _TOPOLOGY.value:
+        missing = "config" if not _CONFIG.value else "topology"
+        raise InputError(f"no --{missing} given; for example --config=configs/llama3_8b.py --topology=v5p:4x4x4")
+    config = load_file(_CONFIG.value)
+    override(config, _CHANGES.value)
+    config.data.source, config.data.path = "python_stdlib", None  # no data is read
+    cfg = freeze(config)
+    # Before jax is imported: no accelerator of this machine is touched, and libtpu's C++ keeps its talk to itself.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(number_of_cpus(_TOPOLOGY.value) or 1)
+    with flags.importing():
+        from llm_jax import chips
+        from llm_jax.planning import plan_training
+    topology = chips.find(_TOPOLOGY.value)
+    say(f"compiles for {topology.name}, which takes seconds to minutes")
+    plan = plan_training(cfg, topology)
+    if _JSON.value:
+        print(json.dumps(plan.as_dict()))
+    else:
+        print(_report(topology.name, len(topology.devices), plan))
+
+
+def _report(name: str, count: int, plan: "Plan") -> str:  # noqa: F821
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
+    lines = [f"{name}: {count} devices, mesh {mesh}; compiled in {plan.compile_seconds:.0f} s", "", "GiB on a device"]
+    modules = ", ".join(f"{module} {size / GIB:.2f}" for module, size in plan.params.items())
+    lines += [
+        f"  parameters  {sum(plan.params.values()) / GIB:8.2f}   {modules}",
+        f"  optimizer   {plan.optimizer / GIB:8.2f}",
+        f"  temporary   {plan.temporary / GIB:8.2f}   activations, gradients, gathered weights",
+    ]
+    verdict = {None: "", True: f"   fits in {(plan.memory or 0) / GIB:.1f}", False: ""}[plan.fits]
+    if plan.fits is False:
+        verdict = f"   DOES NOT FIT in {plan.memory / GIB:.1f}"
+    lines += [f"  peak        {plan.peak / GIB:8.2f}{verdict}", "", "A step on a device"]
+    lines += [f"  {plan.flops / 1e12:.4g} TFLOP, of the model {plan.model_flops / 1e12:.4g}"]
+    lines += [f"  {plan.traffic / 1e9:.4g} GB of memory traffic (an estimate)"]
+    for kind, (times, sent) in plan.collectives.items():
+        lines.append(f"  {times:.0f} x {kind}, {sent / 1e9:.4g} GB sent")
+    if plan.bound is not None:
+        lines += ["", "Seconds that a step takes at least"]
+        lines += [
+            f"  {limit.name:8} {limit.seconds:8.4g}" + ("   the bound" if limit == plan.bound else "")
+            for limit in plan.limits
+        ]
+        lines += [
+            f"At most {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: an upper bound, not a measurement"
+        ]
+    lines += [f"warning: {each}" for each in plan.warnings]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,249 @@
+"""What a training step would need and could reach on devices that are not here, by compiling it for them."""
+
+import dataclasses
+import math
+import re
+import time
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax import data, hlo_cost, model, ops, programs, sharding
+from llm_jax.chips import Topology
+from llm_jax.config import Config
+from llm_jax.errors import InputError
+from llm_jax.hlo import Instruction
+
+MODULES = ("embed", "attn", "mlp", "moe", "lm_head", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """One of the things that a step's time is at least."""
+
+    name: str
+    amount: float
+    rate: float  # a second
+
+    @property
+    def seconds(self) -> float:
+        return self.amount / self.rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Of one chip, for one step; bytes unless another unit is named."""
+
+    mesh: dict[str, int]
+    compile_seconds: float
+    params: dict[str, int]  # by module
+    optimizer: int
+    temporary: int
+    peak: int
+    memory: float | None  # what a chip has
+    flops: float
+    model_flops: float  # without what is computed twice
+    traffic: float
+    collectives: dict[str, tuple[float, float]]  # kind -> (how often, bytes sent)
+    limits: tuple[Limit, ...]
+    tokens: int  # of a step, on all chips
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        derived = ("fits", "tokens_per_second", "mfu")
+        limits = {limit.name: limit.seconds for limit in self.limits}
+        return dataclasses.asdict(self) | {"limits": limits} | {name: getattr(self, name) for name in derived}
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.memory is None else self.peak <= self.memory
+
+    @property
+    def bound(self) -> Limit | None:
+        """What the step takes at least: everything else behind it."""
+        return max(self.limits, key=lambda limit: limit.seconds, default=None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """At most, on all chips."""
+        return None if self.bound is None else self.tokens / self.bound.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model flops utilization, at most (Chowdhery et al. 2022, "PaLM", appendix B, with causality)."""
+        if self.bound is None:
+            return None
+        peak = next(limit.rate for limit in self.limits if limit.name == "flops")
+        return self.model_flops / peak / self.bound.seconds
+
+
+def plan_training(cfg: Config, topology: Topology) -> Plan:
+    """Compiles the step of `llm_jax.main` for the devices and reads what it does.
+
+    Raises:
+        InputError: the config can't be split over them; `model.vocab_size` is not known.
+    """
+    if cfg.model.vocab_size is None and cfg.data.tokenizer != "bpe":
+        raise InputError(
+            "model.vocab_size is the tokenizer's, which a plan does not read; give --config.model.vocab_size"
+        )
+    vocab_size = cfg.model.vocab_size or cfg.data.vocab_size
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    mesh = sharding.make_mesh(cfg.mesh, topology.devices)
+    programs.check_trainable(cfg, mesh)
+    made = programs.make_programs(cfg, mesh, np.zeros(cfg.model.vocab_size, np.int32))
+    state = _on(jax.eval_shape(made.init), made.placed)
+    began = time.monotonic()
+    try:
+        compiled = made.train_step.lower(state, _batch(cfg, mesh)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (told := _out_of_memory(str(error))) is None:
+            raise
+        raise InputError(f"the step does not fit on {topology.name}: {told}") from None
+    seconds = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    cost = hlo_cost.analyse(
+        compiled.as_text(),
+        custom_call_flops=_Kernels(cfg),
+        module_of=lambda name: hlo_cost.module_name(name, MODULES),
+    )
+    chip = topology.chip
+    sent = sum(hlo_cost.link_bytes(each) * each.times for each in cost.collectives)
+    limits = (
+        ()
+        if chip is None
+        else (
+            Limit("flops", cost.flops, chip.flops),
+            Limit("memory", cost.bytes, chip.memory_bandwidth),
+            Limit("links", sent, chip.link_bandwidth),
+        )
+    )
+    tokens = cfg.train.batch_size * cfg.seq_len
+    return Plan(
+        mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
+        compile_seconds=seconds,
+        params=_by_module(state.params),
+        optimizer=sum(map(_bytes, jax.tree.leaves((state.opt_state, state.ema)))),
+        temporary=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        memory=None if chip is None else chip.memory_bytes,
+        flops=cost.flops,
+        model_flops=model.train_flops_per_token(cfg.model, cfg.seq_len) * tokens / mesh.size,
+        traffic=cost.bytes,
+        collectives=_collectives(cost),
+        limits=limits,
+        tokens=tokens,
+        warnings=_warnings(cost, state.params, mesh),
+    )
+
+
+def _on(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
+
+
+def _batch(cfg: Config, mesh: jax.sharding.Mesh) -> data.Batch:
+    shape, at = (cfg.train.batch_size, cfg.seq_len), sharding.split_batch(mesh)
+    return data.Batch(*(jax.ShapeDtypeStruct(shape, of, sharding=at) for of in (np.int32, np.int32, np.float32)))
+
+
+def _out_of_memory(message: str) -> str | None:
+    found = re.search(r"Used (\S+) of (\S+) hbm", message)
+    return f"it needs {found[1]} of {found[2]}" if found else None
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Of a device's part."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _by_module(params: Any) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [entry.key for entry in path]
+        found[names[1] if names[0] == "blocks" else names[0]] += _bytes(leaf)
+    return dict(found)
+
+
+def _collectives(cost: hlo_cost.Cost) -> dict[str, tuple[float, float]]:
+    times, sent = Counter(), Counter()
+    for each in cost.collectives:
+        if each.group_size > 1:
+            times[each.kind] += each.times
+            sent[each.kind] += each.times * hlo_cost.link_bytes(each)
+    return {kind: (times[kind], sent[kind]) for kind in sorted(times)}
+
+
+def _warnings(cost: hlo_cost.Cost, params: Any, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Of what costs more than it need."""
+    told = []
+    if mesh.shape["fsdp"] > 1:
+        # A layer's part of each weight, gathered along fsdp, by any dtype: all-reduces have no such size otherwise.
+        sizes = {
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * mesh.shape["fsdp"] // (leaf.shape[0] if stacked else 1)
+            for stacked, tree in (
+                (True, params["blocks"]),
+                (False, {k: v for k, v in params.items() if k != "blocks"}),
+            )
+            for leaf in jax.tree.leaves(tree)
+            if "fsdp" in leaf.sharding.spec
+        }
+        wrong = [
+            each
+            for each in cost.collectives
+            if each.kind == "all-reduce"
+            and any(each.result_bytes == size * width for size in sizes for width in (2, 4))
+        ]
+        if wrong:
+            count, extra = (
+                sum(each.times for each in wrong),
+                sum(each.times * hlo_cost.link_bytes(each) for each in wrong),
+            )
+            told.append(
+                f"{count:.0f} gathers of weights, or sums of their gradients, became all-reduces of the whole "
+                f"({extra / 1e9:.1f} GB, twice what they need)"
+            )
+    for loop in cost.unknown_loops:
+        told.append(f"how often the loop {loop.name} turns is not known; its work is counted once")
+    return tuple(told)
+
+
+class _Kernels:
+    """Flops of kernels, which a compiler does not tell.
+
+    Splash attention: of each product the blocks in which a query sees some key, on average over the layers and their
+    windows. Forward two products, q k^T and its weights times v; for dq three, for dk and dv four: each computes the
+    first again.
+    """
+
+    PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+    def __init__(self, cfg: Config) -> None:
+        self._windows = model.layer_windows(cfg.model)
+
+    def __call__(self, call: Instruction) -> float:
+        products = next((n for name, n in self.PRODUCTS.items() if name in call.name), None)
+        if products is None:
+            return 0.0
+        # q, k and v are the floats of three axes or, of several texts, four: [B, N, T, H].
+        shapes = [shape for operand in call.operands for shape in operand.shapes]
+        q, k = [shape.dims for shape in shapes if shape.dtype in ("f32", "bf16") and len(shape.dims) >= 3][:2]
+        rows, (time, width) = math.prod(q[:-2]), q[-2:]
+        seen = [_seen(time, k[-2], window) for window in self._windows]
+        return products * 2.0 * rows * width * sum(seen) / len(seen)
+
+
+def _seen(time: int, keys: int, window: int) -> float:
+    """Pairs of a query and a key in blocks of which some are visible; the queries are those of the last keys."""
+    block, key_block = (next(size for size in ops.SPLASH_BLOCKS if each % size == 0) for each in (time, keys))
+    pairs = 0
+    for first in range(keys - time, keys, block):
+        from_key = max(0, first - window + 1) // key_block * key_block
+        to_key = min(keys, -(-(first + block) // key_block) * key_block)
+        pairs += block * (to_key - from_key)
+    return float(pairs)
