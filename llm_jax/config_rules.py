@@ -41,6 +41,9 @@ from llm_jax.errors import InputError
 from llm_jax.sampling_rules import MAX_NEW_TOKENS, check_sampling, number
 
 
+MIN_ROPE_TURNS = 1e-6  # in the original length, of a channel that is no longer scaled; published are 1 and more
+
+
 def freeze(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Checks types, names and rules, fills in what follows from other keys, returns the dataclasses.
 
@@ -136,20 +139,28 @@ def _reject_unknown(given: Mapping[str, Any], known: Sequence[str], *, prefix: s
             raise InputError(unknown_key(prefix + key, [prefix + name for name in known]))
 
 
+def _as_float(value: int) -> float:
+    """Infinite where it is beyond a float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
 def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:
     kind, optional = field_type(field)
     if value is None and optional:
         return None
     if kind is tuple and isinstance(value, list | tuple):
         of = item_type(field)
-        value = tuple(float(item) if of is float and type(item) is int else item for item in value)
+        value = tuple(_as_float(item) if of is float and type(item) is int else item for item in value)
         if not all(type(item) is of for item in value):  # True is no number
             raise InputError(f"{key} {value!r} must be a tuple of {of.__name__}")
         if of is float and not all(map(math.isfinite, value)):
             raise InputError(f"{key} {value!r} must hold finite numbers")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = _as_float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{key} ({value!r}) must be of type {kind.__name__}{' or None' if optional else ''}")
     if kind is float and not math.isfinite(value):
@@ -241,9 +252,10 @@ def _model(m: ModelConfig) -> ModelConfig:
     if m.use_rope and not m.rope_theta > 1:
         raise InputError(f"model.rope_theta ({m.rope_theta}) must be above 1: the channels' wavelengths grow with it")
     for fast, slow in (("rope_beta_fast", "rope_beta_slow"), ("rope_high_freq_factor", "rope_low_freq_factor")):
-        if not getattr(m, fast) > getattr(m, slow) > 0:
+        if not getattr(m, fast) > getattr(m, slow) >= MIN_ROPE_TURNS:
             raise InputError(
-                f"model.{fast} ({getattr(m, fast)}) must be above model.{slow} ({getattr(m, slow)}), and that above 0"
+                f"model.{fast} ({getattr(m, fast)}) must be above model.{slow} ({getattr(m, slow)}), and that "
+                f"{MIN_ROPE_TURNS} or more"
             )
     if m.rope_scaling is None and m.rope_factor != 1:
         raise InputError(
@@ -254,6 +266,8 @@ def _model(m: ModelConfig) -> ModelConfig:
     original = m.rope_original_length
     if m.rope_scaling is not None and original is None:
         original = max(1, round(m.block_size / m.rope_factor))
+    if m.rope_scaling == "longrope" and original < 2:
+        raise InputError(f"model.rope_original_length ({original}) must be 2 or more for rope_scaling='longrope'")
 
     if not m.layer_types or any(kind not in LAYER_TYPES for kind in m.layer_types):
         raise InputError(f"model.layer_types {m.layer_types} must hold one or more of {', '.join(LAYER_TYPES)}")

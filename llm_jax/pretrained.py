@@ -16,7 +16,7 @@ from llm_jax.config import Config
 from llm_jax.config_rules import freeze, in_dtype
 from llm_jax.errors import InputError
 from llm_jax.files import read_json
-from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, llama2c
+from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, hf_generation, llama2c
 from llm_jax.interop.tensors import Part, Place, check_shapes, fill, parts, tensors
 from llm_jax.progress import byte_bar, say
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
@@ -135,7 +135,7 @@ def _open_hf(folder: Path, tokenizer: Tokenizer | None) -> Source:
     config = read_json(folder / "config.json", remedy="give the folder of a model")
     try:
         family, cfg = hf_config.read_config(config)
-        sample, unknown = hf.read_generation(folder, config)
+        sample, unknown = hf_generation.read_generation(folder, config)
         cfg = freeze({"model": vars(cfg), "sample": sample})
         weights = hf.Safetensors(folder)
         groups = list(tensors(family.rows, param_shapes(cfg.model)))

@@ -17,7 +17,7 @@ import numpy as np
 from llm_jax.config import Config
 from llm_jax.errors import InputError
 from llm_jax.files import write_whole
-from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, llama2c
+from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, hf_generation, llama2c
 from llm_jax.interop.tensors import Part, Place, join, tensors
 from llm_jax.pretrained import Source, param_shapes
 from llm_jax.progress import byte_bar
@@ -52,7 +52,7 @@ def save_hf(
     with _new_folder(folder) as partial, byte_bar(sum(sizes.values()), f"writing {folder.name}") as bar:
         tokenizer.save(partial)
         write_whole(partial / "config.json", json.dumps(hf_json | special, indent=2) + "\n")
-        generation = hf.write_generation(vars(config.sample)) | special
+        generation = hf_generation.write_generation(vars(config.sample)) | special
         write_whole(partial / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         written = _counted(join(groups, _moved_norms(source.part, offset), dtype), bar)
         hf.write_safetensors(partial, sizes, written, max_shard_bytes=max_shard_bytes)

@@ -29,6 +29,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 BYTE_SYMBOLS = 256
 LETTER = sentencepiece.BYTE_PIECES[ord("A")]
 
+SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # The order is a preference: the first that is an added token of the file is taken.
 BOS_NAMES = ("<|begin_of_text|>", "<bos>", "<s>", "<|startoftext|>", END_OF_TEXT)
 EOS_NAMES = ("<|end_of_text|>", "<eos>", "</s>", END_OF_TEXT)
@@ -328,12 +329,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from None
     _check_ids(backend, file)
     settings = _settings_beside(file)
-    known = backend.get_added_tokens_decoder()
-    listed = {i: entry for i, entry in _added_tokens_decoder(settings).items() if i not in known}
     try:
-        _add_tokens(backend, listed, _also_special(settings))
+        _add_missing_tokens(backend, settings, file)
     except InputError as error:
-        raise InputError(f"{file.parent / 'tokenizer_config.json'}: {error}") from None
+        raise InputError(f"{file.parent}: {error}") from None
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
 
     def special(key: str, names: Sequence[str]) -> str | None:
@@ -394,6 +393,22 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
     )
 
 
+def _add_missing_tokens(backend: hf.Tokenizer, settings: Mapping[str, Any], file: Path) -> None:
+    """What transformers adds to a tokenizer.json by the files beside it."""
+    known = backend.get_added_tokens_decoder()
+    entries = _added_tokens_json(file.parent) | _added_tokens_decoder(settings)
+    entries = {i: entry for i, entry in entries.items() if i not in known or known[i].content != _content(entry)}
+    special = _also_special(settings)
+    _add_tokens(backend, entries, special, all_are_added=True)
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    named = [settings.get(key) for key in SPECIAL_KEYS]
+    for name in dict.fromkeys(name for name in (*named, *special) if isinstance(name, str) and name not in added):
+        if backend.token_to_id(name) is not None:
+            backend.add_special_tokens([hf.AddedToken(name, special=True, normalized=False)])
+        elif name in special:
+            say(f"special token {name!r} beside {file} is none of its tokens: it stays ordinary text")
+
+
 def _added_tokens_decoder(settings: Mapping[str, Any]) -> dict[int, Any]:
     """Tokens by their ids, of tokenizer_config.json."""
     listed = settings.get("added_tokens_decoder", {})
@@ -415,21 +430,27 @@ def _added_tokens_json(folder: Path) -> dict[int, str]:
     return {i: text for text, i in beside.items()}
 
 
-def _add_tokens(backend: hf.Tokenizer, entries: Mapping[int, Any], special: Sequence[str]) -> None:
-    """Adds what a folder has beyond its tokenizer's file, a text or an object each, by the ids that it gives."""
+def _add_tokens(
+    backend: hf.Tokenizer, entries: Mapping[int, Any], special: Sequence[str], *, all_are_added: bool = False
+) -> None:
+    """Adds what a folder has beyond its tokenizer's file, a text or an object each, by the ids that it gives.
+
+    all_are_added: found in a text before it is split, also those of the vocabulary that are not special.
+    """
     texts = {i: text for text, i in backend.get_vocab(with_added_tokens=True).items()}
     for i, entry in sorted(entries.items()):
         text = _content(entry)
         if not isinstance(text, str) or not text or not _is_text(text):
-            raise InputError(f"added token {i} is {entry!r}; it must have a text as its content")
+            raise InputError(f"added token {i} is {entry!r:.80}; it must have a text as its content")
         if texts.get(i, text) != text:
             raise InputError(f"added token {text!r} has the id {i}, which {texts[i]!r} has")
         given = entry if isinstance(entry, dict) else {}
         flags = {name: bool(given.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
         flags["special"] |= text in special
-        if i not in texts or flags["special"]:
+        if i not in texts or flags["special"] or all_are_added:
             add = backend.add_special_tokens if flags["special"] else backend.add_tokens
-            add([hf.AddedToken(text, normalized=False, **flags)])
+            normalized = all_are_added and bool(given.get("normalized", not flags["special"]))
+            add([hf.AddedToken(text, normalized=normalized, **flags)])
         if (found := backend.token_to_id(text)) != i:
             raise InputError(f"added token {text!r} has the id {i}, and {found} would be its; ids must have no gaps")
 
@@ -440,7 +461,7 @@ def _settings_beside(file: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (file.parent / name).exists():
             settings |= read_json(file.parent / name, remedy="repair or remove it")
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+    for key in SPECIAL_KEYS:
         if key in settings:
             token = settings[key] = _content(settings[key])  # an explicit null means that there is none
             if not (token is None or (isinstance(token, str) and _is_text(token))):

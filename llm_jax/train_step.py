@@ -62,7 +62,7 @@ def make_train_step(
             micro_batch, i = xs
             out = grad_fn(params, micro_batch, jax.random.fold_in(key, i))
             if place is not None:
-                # Else XLA for TPUs moves sums over devices behind the loop, where it can't: it ends with a failed check.
+                # Else XLA for TPUs tries to move sums over devices behind the loop, and fails a check of its own.
                 out = jax.lax.optimization_barrier(out)
             sums, grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out)
             return (sums, grads if place is None else place(grads)), None

@@ -220,6 +220,8 @@ RULES = [
     ({"sample.top_p": 0.0}, ["sample.top_p (0.0)", "at most 1"]),
     ({"sample.top_p": 1.5}, ["sample.top_p (1.5)", "at most 1"]),
     ({"sample.max_new_tokens": -1}, ["sample.max_new_tokens (-1)", "at least 0"]),
+    ({"mesh.data": -1, "mesh.fsdp": -1}, ["mesh.data and mesh.fsdp", "one of them"]),
+    ({"mesh.tensor": 0}, ["mesh.tensor (0)", "1 or more"]),
     ({"mesh.data": 0}, ["mesh.data (0)", "1 or more"]),
 ]
 

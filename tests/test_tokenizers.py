@@ -417,9 +417,29 @@ def test_tokens_that_only_the_settings_list_are_added(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {"97": {"content": "a", "special": False}}},  # ordinary so far
+        {"eos_token": "h", "pad_token": "i"},
+        {"additional_special_tokens": ["h"]},
+        {"added_tokens_decoder": {"257": {"content": "h a", "normalized": True}}},
+    ],
+    ids=str,
+)
+def test_ids_are_those_of_transformers_where_the_settings_say_more_than_the_file(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    foreign(tmp_path, ["<s>"], {"bos_token": "<s>"} | config)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("a hat", "<s>hi, hat a", "oh a"):
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
     "listed, message",
     [
         ({"97": {"content": "<x>"}}, "which 'a' has"),
+        ({"256": {"content": "<x>"}}, "which '<s>' has"),
         ({"300": {"content": "<x>"}}, "no gaps"),
         ({"257": {"special": True}}, "a text as its content"),
         ({"x": "<x>"}, "by their ids"),

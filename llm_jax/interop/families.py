@@ -368,7 +368,7 @@ FAMILIES: tuple[Family, ...] = (
         "Phi3ForCausalLM",
         PHI3_ROWS,
         SHAPE,
-        LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": None},
+        LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
         {},
         {"full_attn_mod": (1,), "interpolate_factor": (1,)},
         layer_types=all_slide,

@@ -83,8 +83,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     kinds = _get(metadata, "token_type", np.ndarray, np.full(len(tokens), NORMAL))
     if kinds.shape != (len(tokens),) or kinds.dtype.kind not in "iu":
         raise InputError(f"tokenizer.ggml.token_type must have {len(tokens)} numbers, one for each token")
-    if len(kinds) and not (kinds.min() >= NORMAL and kinds.max() <= BYTE):
-        raise InputError(f"tokenizer.ggml.token_type must have numbers from {NORMAL} to {BYTE}")
+    if len(kinds) and not (kinds.min() >= 0 and kinds.max() <= BYTE):
+        raise InputError(f"tokenizer.ggml.token_type must have numbers from 0 to {BYTE}")
+    kinds = np.maximum(kinds, NORMAL)  # 0 is not told
     if len(set(tokens)) != len(tokens):
         raise InputError("tokenizer.ggml.tokens has a token twice")
     if kind == "gpt2":

@@ -7,9 +7,9 @@ from typing import Any
 from llm_jax.config import LAYER_TYPES, ModelConfig
 from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
-from llm_jax.interop import hf_rope
+from llm_jax.interop import hf_generation, hf_rope
 from llm_jax.interop.families import FAMILIES, FULL, SLIDING, Family
-from llm_jax.interop.network import WRONG_KIND, check_counts, differences, period
+from llm_jax.interop.network import WRONG_KIND, check_counts, differences, period, named, shown
 
 FAMILY = {family.model_type: family for family in FAMILIES}
 # (activation, whether it is of a gated MLP) -> our mlp
@@ -28,17 +28,19 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 
 # Of no consequence for logits: how it was made and trained, how others should run it, and its special tokens, which
 # the tokenizer and generation_config.json tell.
-IGNORED = frozenset(
-    "_name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id cache_implementation "
-    "chunk_size_feed_forward classifier_dropout dtype embd_pdrop embedding_dropout eos_token_id finetuning_task "
-    "gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config "
-    "label2id model_type n_ctx output_attentions output_hidden_states output_router_logits pad_token_id "
-    "pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict "
+IGNORED = hf_generation.KEYS | set(
+    "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path _num_labels architectures "
+    "attention_dropout attention_probs_dropout_prob attn_implementation attn_pdrop author auto_map bos_token_id "
+    "cache_implementation chunk_size_feed_forward classifier_dropout created_date custom_pipelines dtype embd_pdrop "
+    "embedding_dropout eos_token_id finetuned finetuning_task gradient_checkpointing hidden_dropout "
+    "hidden_dropout_prob id2label initializer_range is_decoder is_llama_config label2id license max_sequence_length "
+    "model_type n_ctx n_special output_attentions output_hidden_states output_past output_router_logits pad_token_id "
+    "predict_special_tokens prefix pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict "
     "router_aux_loss_coef router_jitter_noise sep_token_id summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers.js_config "
-    "transformers_version unk_token_id use_cache n_special predict_special_tokens output_past _num_labels "
-    "_attn_implementation attention_probs_dropout_prob hidden_dropout_prob unsloth_fixed unsloth_version".split()
+    "summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype "
+    "transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_cache".split()
 )
+NEEDED = {"is_causal": (None, True)}  # of every family
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -58,19 +60,24 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
 
 
 def _read(family: Family, config: Mapping[str, Any]) -> ModelConfig:
+    for key, other in (*family.aliases.items(), ("_sliding_window_pattern", "sliding_window_pattern")):
+        _check_alike(config, key, other)
+    _check_alike(config, "dtype", "torch_dtype")
     config = {family.aliases.get(key, key): value for key, value in config.items()}
-    known = {*family.keys, *family.defaults, *family.needed, *IGNORED, *_other_keys(family)}
+    needed = NEEDED | dict(family.needed)
+    known = {*family.keys, *family.defaults, *needed, *IGNORED, *_other_keys(family)}
     for key, value in config.items():
         if key not in known and not _is_unset(value):
             raise InputError(
-                f"config.json: {key} ({value!r}) is not known of {family.model_type}, and may change what it computes"
+                f"config.json: {named(key)} ({shown(value)}) is not known of {family.model_type}, and may change "
+                "what it computes"
             )
     given = dict(family.defaults) | {key: value for key, value in config.items() if key in known}
     if "_sliding_window_pattern" in config:
         given["sliding_window_pattern"] = config["_sliding_window_pattern"]
-    for key, values in family.needed.items():
+    for key, values in needed.items():
         if key in given and given[key] not in values:
-            raise InputError(f"config.json: {key} ({given[key]!r}) must be {' or '.join(map(repr, values))}")
+            raise InputError(f"config.json: {key} ({shown(given[key])}) must be {' or '.join(map(repr, values))}")
     fields: dict[str, Any] = dict(family.fixed)
     for key, ours in family.keys.items():
         if given.get(key) is None and key not in family.defaults:
@@ -130,11 +137,13 @@ def write_config(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
 def _family(config: Mapping[str, Any]) -> Family:
     model_type, architectures = config.get("model_type"), config.get("architectures")
     family = FAMILY.get(model_type) if isinstance(model_type, str) else None
-    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(architectures, list | None):
+        raise InputError(f"config.json: architectures ({shown(architectures)}) must be a list")
+    architecture = architectures[0] if architectures else None
     if family is None or (architecture is not None and architecture not in (family.architecture, _base(family))):
         raise InputError(
-            f"config.json: model_type {model_type!r} with architecture {architecture!r} is not known; known are "
-            f"{', '.join(FAMILY)}, as language models"
+            f"config.json: model_type {model_type!r:.80} with architecture {architecture!r:.80} is not known; known "
+            f"are {', '.join(FAMILY)}, as language models"
         )
     if config.get("quantization_config"):
         raise InputError("config.json: quantization_config is not known; give the model that it was made from")
@@ -156,6 +165,15 @@ def _other_keys(family: Family) -> set[str]:
     if family.lists_layer_types:
         keys |= {"layer_types"}
     return keys
+
+
+def _check_alike(config: Mapping[str, Any], key: str, other: str) -> None:
+    """Of two keys that mean the same."""
+    if config.get(key) is not None and config.get(other) is not None and config[key] != config[other]:
+        raise InputError(
+            f"config.json: {key} ({shown(config[key])}) and {other} ({shown(config[other])}) mean the same, and are "
+            "not the same"
+        )
 
 
 def _is_unset(value: Any) -> bool:
@@ -180,7 +198,7 @@ def _mlp(family: Family, given: Mapping[str, Any]) -> str:
         activation = later or ("gelu_pytorch_tanh" if activation == "gelu" else activation)
     if (activation, is_gated) not in MLPS:
         there = ", ".join(name for name, gated in MLPS if gated == is_gated)
-        raise InputError(f"config.json: {family.activation} ({activation!r}) must be one of {there}")
+        raise InputError(f"config.json: {family.activation} ({shown(activation)}) must be one of {there}")
     return MLPS[activation, is_gated]
 
 

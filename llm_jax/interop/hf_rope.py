@@ -7,6 +7,7 @@ from typing import Any
 from llm_jax.config import ModelConfig
 from llm_jax.errors import InputError
 from llm_jax.interop.families import Family
+from llm_jax.interop.network import named, shown
 
 ROPE_TYPES = {"default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 ROPE_TYPES |= {"longrope": "longrope", "su": "longrope"}
@@ -48,6 +49,7 @@ OUTSIDE = {
     "rotary_pct": "partial_rotary_factor",
     "original_max_position_embeddings": "original_max_position_embeddings",
 }
+OF_NO_CONSEQUENCE = ("attn_factor", "finetuned")  # of Yarn's authors; no code of transformers reads them
 FULL, SLIDING = "full_attention", "sliding_attention"
 LISTS = ("short_factor", "long_factor")
 
@@ -78,6 +80,10 @@ def read_rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rope_dim": int(head_dim * (1 if fraction is None else fraction)),
     }
+    if scaling == "yarn" and "factor" not in rope and "original_max_position_embeddings" in rope:
+        rope["factor"] = given["max_position_embeddings"] / rope["original_max_position_embeddings"]
+    if family.model_type == "phi3" and scaling not in (None, "longrope"):
+        raise InputError(f"config.json: rope_type ({kind!r}) of phi3 must be 'longrope'")
     if missing := [key for key in NEEDED.get(scaling, ()) if key not in rope]:
         raise InputError(f"config.json: rope_type {kind!r} needs {missing[0]}, and there is none")
     if scaling == "yarn":
@@ -92,13 +98,13 @@ def read_rope(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in rope.items():
         if key in known:
             fields[known[key]] = value
-        elif value is not False and (key, value) != ("factor", 1):
-            raise InputError(f"config.json: rope's {key} ({value!r}) is not known of rope_type {kind!r}")
+        elif value is not False and (key, value) != ("factor", 1) and key not in OF_NO_CONSEQUENCE:
+            raise InputError(f"config.json: rope's {named(key)} ({shown(value)}) is not known of rope_type {kind!r}")
     if family.local_theta is not None:
         if local.get("rope_type", "default") != "default":
             raise InputError(f"config.json: rope_type ({local['rope_type']!r}) of sliding layers must be 'default'")
         if unknown := local.keys() - {"rope_type", "rope_theta"}:
-            raise InputError(f"config.json: rope's {sorted(unknown)[0]} is not known of sliding layers")
+            raise InputError(f"config.json: rope's {named(sorted(unknown)[0])} is not known of sliding layers")
         fields["rope_local_theta"] = local.get("rope_theta", family.local_theta)
     return fields
 
@@ -107,18 +113,20 @@ def _spelled(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """What all spellings say together, of full and of sliding layers; keys without a value are left out."""
     rope: dict[str, Any] = {}
     for key, there in OUTSIDE.items():
-        if given.get(key) is not None:
+        is_older = key == "rope_theta" and given.get("rotary_emb_base") is not None  # which GPT-NeoX reads alone
+        if given.get(key) is not None and not is_older:
             rope = _agreed(rope, {there: _value(key, given[key])})
     local: dict[str, Any] = {}
     if family.local_theta is not None and given.get("rope_local_base_freq") is not None:
         local = {"rope_theta": _value("rope_local_base_freq", given["rope_local_base_freq"])}
     for key in ("rope_parameters", "rope_scaling"):
-        stated = given.get(key) or {}
+        stated = {} if given.get(key) is None else given[key]
         if not isinstance(stated, dict):
-            raise InputError(f"config.json: {key} ({stated!r}) must be an object")
+            raise InputError(f"config.json: {key} ({shown(stated)}) must be an object")
         if FULL in stated or SLIDING in stated:
             if family.local_theta is None or stated.keys() - {FULL, SLIDING}:
-                raise InputError(f"config.json: {key} of {', '.join(stated)} is not known of {family.model_type}")
+                names = shown(", ".join(map(str, stated)))
+                raise InputError(f"config.json: {key} of {names} is not known of {family.model_type}")
             local = _agreed(local, _values(stated.get(SLIDING)))
             stated = stated.get(FULL)
         rope = _agreed(rope, _values(stated))
@@ -127,7 +135,7 @@ def _spelled(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 def _values(stated: Any) -> dict[str, Any]:
     if not isinstance(stated, dict | None):
-        raise InputError(f"config.json: rope of a kind of layers ({stated!r}) must be an object")
+        raise InputError(f"config.json: rope of a kind of layers ({shown(stated)}) must be an object")
     values: dict[str, Any] = {}
     for key, value in (stated or {}).items():
         if value is not None:
@@ -139,8 +147,8 @@ def _value(key: str, value: Any) -> Any:
     """Checked for its kind; its range is ModelConfig's to check."""
     if key in ("type", "rope_type"):
         if not isinstance(value, str) or value not in ROPE_TYPES:
-            raise InputError(f"config.json: rope_type ({value!r}) must be one of {', '.join(ROPE_TYPES)}")
-        return value
+            raise InputError(f"config.json: rope_type ({shown(value)}) must be one of {', '.join(ROPE_TYPES)}")
+        return "longrope" if value == "su" else value
     if key in LISTS:
         if not isinstance(value, list) or not all(map(_is_number, value)):
             raise InputError(f"config.json: rope's {key} must be a list of numbers")
@@ -148,7 +156,7 @@ def _value(key: str, value: Any) -> Any:
     if isinstance(value, bool):
         return value
     if not _is_number(value):
-        raise InputError(f"config.json: rope's {key} ({value!r}) must be a number")
+        raise InputError(f"config.json: rope's {named(key)} ({shown(value)}) must be a number")
     return value if key == "original_max_position_embeddings" else float(value)
 
 
@@ -159,7 +167,8 @@ def _is_number(value: Any) -> bool:
 def _agreed(one: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     for key in one.keys() & other.keys():
         if one[key] != other[key]:
-            raise InputError(f"config.json has {key} twice, {one[key]!r} and {other[key]!r}; leave one of them")
+            both = f"{shown(one[key])} and {shown(other[key])}"
+            raise InputError(f"config.json has {named(key)} twice, {both}; leave one of them")
     return one | other
 
 

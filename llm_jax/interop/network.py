@@ -29,6 +29,17 @@ MAX_LAYERS = MAX_EXPERTS = 4096
 WRONG_KIND = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
+def shown(value: Any) -> str:
+    """A value of a file in a message: on one line, and not all of it if it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def named(key: str) -> str:
+    """The same of a key, which is plain if it is a name."""
+    return key if key.replace(".", "_").isidentifier() and len(key) <= 80 else shown(key)
+
+
 def check_counts(n_layer: Any, n_expert: Any) -> None:
     """Before anything is made for each of them.
 

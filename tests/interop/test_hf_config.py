@@ -6,9 +6,10 @@ import json
 import pytest
 
 from llm_jax.config import SampleConfig
+from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
-from llm_jax.interop.hf import read_generation, write_generation
 from llm_jax.interop.hf_config import read_config, write_config
+from llm_jax.interop.hf_generation import read_generation, write_generation
 
 # What they all say, and is of no consequence for logits.
 COMMON = {
@@ -696,7 +697,7 @@ def without(rope, key):
         ("llama3.1", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta (1.0) is not known"),
         ("llama3.1", {"rope_parameters": SCALED | {"rope_theta": 1e4}}, "rope_theta twice, 500000.0 and 10000.0"),
         ("llama3.1", {"rope_parameters": SCALED | {"factor": 2.0}}, "factor twice, 2.0 and 8.0"),
-        ("llama3.1", {"rope_parameters": {"full_attention": SCALED}}, "full_attention is not known of llama"),
+        ("llama3.1", {"rope_parameters": {"full_attention": SCALED}}, "'full_attention' is not known of llama"),
         ("llama3.1", {"rope_parameters": 5}, "rope_parameters (5) must be an object"),
         ("llama3.1", {"partial_rotary_factor": 0.5}, "llama has no partial_rotary_factor"),
         ("llama3.1", {"is_encoder_decoder": True}, "is_encoder_decoder (True) is not known"),
@@ -715,13 +716,39 @@ def without(rope, key):
         ),
         ("gemma3-1b", {"rope_parameters": {"sliding_attention": 5}}, "(5) must be an object"),
         ("qwen3moe", {"shared_expert_intermediate_size": 512}, "shared_expert_intermediate_size (512) must be"),
+        ("llama3.1", {"is_causal": False}, "is_causal (False) must be None or True"),
+        ("llama3.1", {"architectures": "LlamaForSequenceClassification"}, "architectures ('LlamaFor"),
+        ("llama3.1", {"rope_scaling": []}, "rope_scaling ([]) must be an object"),
+        ("llama3.1", {"a\nb": 1}, "'a\\nb' (1) is not known"),
+        ("llama3.1", {"new": "x" * 10**6}, "new ('xxx"),
+        ("llama3.1", {"dtype": "float32"}, "dtype ('float32') and torch_dtype ('bfloat16') mean the same"),
+        ("phi3-4k", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "of phi3 must be 'longrope'"),
+        ("qwen3moe", {"num_local_experts": 4}, "num_local_experts (4) and num_experts (128) mean the same"),
         ("qwen3moe", {"use_qk_norm": False}, "use_qk_norm (False) must be True"),
     ],
 )
 def test_what_is_not_known_or_wrong_is_told_of(name, changed, message):
     with pytest.raises(InputError) as caught:
         read_config(COMMON | PUBLISHED[name][0] | changed)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+DEEPSEEK = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attn_factor": 0.878248856}
+SU = {"type": "su", "rope_type": "longrope", "long_factor": [2.0] * 48, "short_factor": [1.0] * 48}
+
+
+@pytest.mark.parametrize(
+    "name, changed, fields",
+    [
+        ("qwen3", {"rope_scaling": DEEPSEEK}, dict(rope_scaling="yarn", rope_factor=4.0, rope_attention_factor=None)),
+        ("llama2", {"max_sequence_length": 2048, "temperature": 0.9, "top_p": 0.6}, dict(block_size=4096)),
+        ("pythia", {"rope_theta": 10000.0, "rotary_emb_base": 1000000}, dict(rope_theta=1e6)),
+        ("phi3-128k", {"rope_scaling": SU}, dict(rope_scaling="longrope")),
+    ],
+)
+def test_what_published_configs_say_besides(name, changed, fields):
+    _, model = read_config(COMMON | PUBLISHED[name][0] | changed)
+    assert {field: getattr(model, field) for field in fields} == fields
 
 
 @pytest.mark.parametrize(
@@ -760,6 +787,17 @@ def test_generation_config(tmp_path, given, fields):
 
 
 def test_what_is_not_known_of_generation_config_is_told_of(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"do_sample": "false"}')
+    with pytest.raises(InputError, match="do_sample"):
+        read_generation(tmp_path, {})
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 1%s}' % ("0" * 400))
+    with pytest.raises(InputError, match="temperature"):
+        freeze({"sample": read_generation(tmp_path, {})[0]})
     given = {"num_beams": 4, "typical_p": 1.0, "suppress_tokens": [5], "pad_token_id": 0, "no_repeat_ngram_size": 0}
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     assert read_generation(tmp_path, {})[1] == ["num_beams", "suppress_tokens"]
+
+
+def test_an_older_config_has_its_makers_sampling_in_it(tmp_path):
+    fields, unknown = read_generation(tmp_path, {"do_sample": True, "temperature": 0.9, "max_length": 4096})
+    assert (fields, unknown) == ({"temperature": 0.9, "top_k": 50}, [])

@@ -13,7 +13,7 @@ from mutations import CHANGES, mutate, with_other_values
 import llm_jax
 from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
-from llm_jax.interop import hf, hf_config
+from llm_jax.interop import hf, hf_config, hf_generation
 from llm_jax.interop.tensors import check_shapes, tensors
 from llm_jax.model import init_params
 from llm_jax.pretrained import open_model, param_shapes
@@ -120,7 +120,7 @@ def test_pickled_weights_are_not_opened(copy):
         ({"num_hidden_layers": 10**9}, ["layers (1000000000)"]),
         ({"num_attention_heads": 0}, ["n_head (0)"]),
         ({"max_position_embeddings": None}, ["no max_position_embeddings"]),
-        ({"dtype": "int8"}, ["dtype ('int8')"]),
+        ({"dtype": "int8", "torch_dtype": "int8"}, ["dtype ('int8')"]),
         ({"rms_norm_eps": 0.0}, ["norm_eps (0.0)"]),
     ],
     ids=lambda value: json.dumps(value)[:50],
@@ -159,7 +159,7 @@ def test_every_value_may_be_another(folder, copy, name):
             if name == "config.json":
                 hf_config.read_config(changed)
             elif name == "generation_config.json":
-                freeze({"sample": hf.read_generation(copy, config)[0]})
+                freeze({"sample": hf_generation.read_generation(copy, config)[0]})
             else:
                 load_tokenizer(copy)
         except InputError as error:
