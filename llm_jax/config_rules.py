@@ -144,7 +144,7 @@ def _as_float(value: int) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:

@@ -7,16 +7,19 @@ Compiles the training step for them, which needs libtpu (pip install 'llm_jax[tp
 """
 
 import json
-import os
+
+from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
 from llm_jax import flags
-from llm_jax.chips import number_of_cpus
 from llm_jax.config_file import load_file, override
 from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
 from llm_jax.progress import say
+
+if TYPE_CHECKING:  # it imports jax
+    from llm_jax.planning import Plan
 
 _CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/llama3_8b.py.")
 _CHANGES = absl_flags.DEFINE_multi_string(
@@ -38,12 +41,13 @@ def main() -> None:
     override(config, _CHANGES.value)
     config.data.source, config.data.path = "python_stdlib", None  # no data is read
     cfg = freeze(config)
-    # Before jax is imported: no accelerator of this machine is touched, and libtpu's C++ keeps its talk to itself.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    os.environ["JAX_NUM_CPU_DEVICES"] = str(number_of_cpus(_TOPOLOGY.value) or 1)
     with flags.importing():
+        import jax
+
         from llm_jax import chips
         from llm_jax.planning import plan_training
+    jax.config.update("jax_platforms", "cpu")  # no accelerator of this machine is touched
+    jax.config.update("jax_num_cpu_devices", chips.number_of_cpus(_TOPOLOGY.value) or 1)
     topology = chips.find(_TOPOLOGY.value)
     say(f"compiles for {topology.name}, which takes seconds to minutes")
     plan = plan_training(cfg, topology)
@@ -53,7 +57,7 @@ def main() -> None:
         print(_report(topology.name, len(topology.devices), plan))
 
 
-def _report(name: str, count: int, plan: "Plan") -> str:  # noqa: F821
+def _report(name: str, count: int, plan: "Plan") -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
     lines = [f"{name}: {count} devices, mesh {mesh}; compiled in {plan.compile_seconds:.0f} s", "", "GiB on a device"]
     modules = ", ".join(f"{module} {size / GIB:.2f}" for module, size in plan.params.items())

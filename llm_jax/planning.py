@@ -86,11 +86,12 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
     Raises:
         InputError: the config can't be split over them; `model.vocab_size` is not known.
     """
-    if cfg.model.vocab_size is None and cfg.data.tokenizer != "bpe":
+    known = {"bpe": cfg.data.vocab_size, "byte": 256}
+    vocab_size = cfg.model.vocab_size or known.get(cfg.data.tokenizer)
+    if vocab_size is None:
         raise InputError(
             "model.vocab_size is the tokenizer's, which a plan does not read; give --config.model.vocab_size"
         )
-    vocab_size = cfg.model.vocab_size or cfg.data.vocab_size
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     mesh = sharding.make_mesh(cfg.mesh, topology.devices)
     programs.check_trainable(cfg, mesh)

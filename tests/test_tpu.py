@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from llm_jax import data, decode_weights, engine, generate, programs, sharding
+from llm_jax import chips, data, decode_weights, engine, generate, planning, programs, sharding
 from llm_jax.config import MeshConfig
 from llm_jax.config_file import load_file
 from llm_jax.config_rules import freeze
@@ -77,8 +77,9 @@ def test_train_step(cfg, mesh, compiled):
     assert memory.alias_size_in_bytes >= 0.9 * state_bytes
 
 
-def test_train_step_in_bfloat16_on_eight_chips(cfg):
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+@pytest.mark.parametrize("topology_name", ["v5e:2x4", "v6e:2x4"])
+def test_train_step_in_bfloat16_on_eight_chips(cfg, topology_name):
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     mesh = sharding.make_mesh(MeshConfig(), topology.devices)
     cfg = dataclasses.replace(
         cfg,
@@ -91,6 +92,20 @@ def test_train_step_in_bfloat16_on_eight_chips(cfg):
     check(program)
     text = program.as_text()
     assert "splash" in text and "all-reduce" in text and "all-gather" not in text  # each chip has its own texts
+
+
+def test_fsdp_on_eight_chips_gathers_weights_and_scatters_the_sums_of_gradients():
+    changed = load_file(str(SMALL))
+    changed.mesh.data, changed.mesh.fsdp, changed.train.batch_size = 1, 8, 16
+    changed.model.compute_dtype, changed.optim.name = "bfloat16", "adamw"
+    plan = planning.plan_training(freeze(changed), chips.find("v5e:2x4"))
+    assert plan.fits and plan.warnings == () and 0 < plan.mfu < 1
+    matrices, layers = 7, changed.model.n_layer
+    # A pass forward and one back for each layer's matrices; once for the table, which both its uses share, or twice.
+    gathers, _ = plan.collectives["all-gather"]
+    assert gathers >= 2 * layers * matrices
+    sums, _ = plan.collectives["reduce-scatter"]
+    assert sums > 0 and plan.collectives["all-reduce"][1] < 0.2 * plan.collectives["reduce-scatter"][1]
 
 
 def test_eval_step(cfg, mesh, compiled):
