@@ -457,7 +457,7 @@ TEXTS = 16
 def step_cost(devices=8, **changes):
     cfg = config.freeze({"model": SIZES | changes, "train": {"batch_size": TEXTS}})
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:devices])
-    init, step, _ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+    init, step, *_ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
     placed = lambda where, tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
     state = placed(sharding.replicated(mesh), jax.eval_shape(init))
     shape = (TEXTS, cfg.model.block_size)

@@ -103,7 +103,7 @@ def test_training_step(devices, layer_execution, remat):
     )
     cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, batch_size=16))
     mesh = sharding.make_mesh(config.MeshConfig(), devices)
-    init, step, _ = programs.make_programs(cfg, mesh, np.ones(model.vocab_size, np.int32))
+    init, step, *_ = programs.make_programs(cfg, mesh, np.ones(model.vocab_size, np.int32))
     placed = lambda where, tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
     state = placed(sharding.replicated(mesh), jax.eval_shape(init))
     batch = data.Batch(*(jax.ShapeDtypeStruct((16, 256), dtype) for dtype in (np.int32, np.int32, np.float32)))

@@ -23,7 +23,7 @@ def plan(sizes=None, chip=None, **changed):
 @pytest.mark.parametrize("execution, products", [("scan", 7), ("unrolled", 6)])
 def test_flops_are_those_of_the_closed_formula(execution, products):
     made = plan(dict(data=1, fsdp=8), layer_execution=execution)
-    # Without attention, of which the one block of 64 queries by 64 keys counts whole, where the formula has half of it.
+    # Without attention, of which the one block of 64 by 64 counts whole, where the formula has half of it.
     attention = 12 * 64 * 32 * 3 * 16 * 64 / 8
     assert made.model_flops == model.train_flops_per_token(freeze(dict(model=MODEL)).model) * 16 * 64 / 8
     assert made.flops - attention * products / 3 == pytest.approx(made.model_flops - attention, rel=1e-6)

@@ -67,7 +67,7 @@ def test_the_chip(mesh):
 
 
 def test_train_step(cfg, mesh, compiled):
-    init, train_fn, _ = compiled
+    init, train_fn, *_ = compiled
     state = on(sharding.replicated(mesh), jax.eval_shape(init))
     program = train_fn.lower(state, batch(cfg, mesh)).compile()
     memory = check(program)
@@ -86,7 +86,7 @@ def test_train_step_in_bfloat16_on_eight_chips(cfg, topology_name):
         model=dataclasses.replace(cfg.model, compute_dtype="bfloat16"),
         train=dataclasses.replace(cfg.train, batch_size=16),
     )
-    init, train_fn, _ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+    init, train_fn, *_ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
     state = on(sharding.replicated(mesh), jax.eval_shape(init))
     program = train_fn.lower(state, batch(cfg, mesh)).compile()
     check(program)
@@ -99,17 +99,18 @@ def test_fsdp_on_eight_chips_gathers_weights_and_scatters_the_sums_of_gradients(
     changed.mesh.data, changed.mesh.fsdp, changed.train.batch_size = 1, 8, 16
     changed.model.compute_dtype, changed.optim.name = "bfloat16", "adamw"
     plan = planning.plan_training(freeze(changed), chips.find("v5e:2x4"))
-    assert plan.fits and plan.warnings == () and 0 < plan.mfu < 1
+    assert plan.fits and 0 < plan.mfu < 1
     matrices, layers = 7, changed.model.n_layer
-    # A pass forward and one back for each layer's matrices; once for the table, which both its uses share, or twice.
-    gathers, _ = plan.collectives["all-gather"]
-    assert gathers >= 2 * layers * matrices
-    sums, _ = plan.collectives["reduce-scatter"]
-    assert sums > 0 and plan.collectives["all-reduce"][1] < 0.2 * plan.collectives["reduce-scatter"][1]
+    assert plan.collectives["all-gather"][0] >= 2 * layers * matrices  # a pass forward, and one for the gradient
+    # Of each layer's matrices, the table's look-up and the output; but this compiler sums those of one matrix, whose
+    # split axis is its last, by an all-reduce, which the plan tells.
+    assert plan.collectives["reduce-scatter"][0] >= layers * (matrices - 1) + 2
+    assert plan.collectives["all-reduce"][1] < 0.2 * plan.collectives["reduce-scatter"][1]
+    assert all("became all-reduces" in each for each in plan.warnings)
 
 
 def test_eval_step(cfg, mesh, compiled):
-    init, _, eval_fn = compiled
+    init, _, eval_fn, _ = compiled
     params = on(sharding.replicated(mesh), jax.eval_shape(init).params)
     check(eval_fn.lower(params, batch(cfg, mesh)).compile())
 

@@ -34,7 +34,7 @@ def some_batch(seed=0, mask=None) -> Batch:
 
 def compiled(cfg, num_devices=1):
     mesh = make_mesh(cfg.mesh, jax.devices()[:num_devices])
-    init, train_fn, eval_fn = programs.make_programs(cfg, mesh, BYTES)
+    init, train_fn, eval_fn, _ = programs.make_programs(cfg, mesh, BYTES)
     return init, train_fn, eval_fn, functools.partial(jax.device_put, device=split_batch(mesh))
 
 

@@ -200,7 +200,7 @@ class Ours:
         self._memory = HostMemory()
         mesh = sharding.make_mesh(cfg.mesh, jax.devices())
         programs.check_trainable(cfg, mesh)
-        init, self._train_fn, _ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
+        init, self._train_fn, *_ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
         self._cfg, self._mesh = cfg, mesh
         self._batches = [Batch(*arrays) for arrays in random_batches(cfg)]
         self._state = jax.block_until_ready(init())
