@@ -40,7 +40,9 @@ def frozen_model(path):
 def closed_form(m):
     """(all, without embeddings) parameters, from the numbers of the config alone."""
     heads, kv_heads = m.n_head * m.head_dim, m.n_kv_head * m.head_dim
-    matrices = m.n_embd * (2 * heads + 2 * kv_heads) + m.n_embd * m.mlp_dim * (3 if "glu" in m.mlp else 2)
+    mlp = m.n_embd * m.mlp_dim * (3 if "glu" in m.mlp else 2)
+    mlp = mlp if m.n_expert is None else m.n_expert * (mlp + m.n_embd)  # each with its row of the router
+    matrices = m.n_embd * (2 * heads + 2 * kv_heads) + mlp
     biases = heads + 2 * kv_heads + m.n_embd + m.mlp_dim * (2 if "glu" in m.mlp else 1) + m.n_embd
     norm = m.n_embd * (2 if m.use_bias and not m.use_rmsnorm else 1)
     head_norms = 2 * m.head_dim * (2 if m.use_bias and not m.use_rmsnorm else 1) if m.qk_norm else 0
@@ -120,6 +122,7 @@ def shrunk(path, folder):
     cfg.model.mlp_dim = cfg.model.mlp_dim and 32
     if cfg.model.rope_scaling is not None:
         cfg.model.rope_original_length = 8
+    cfg.mesh.expert = 1
     cfg.train.update(TINY_TRAIN)
     cfg.train.batch_size, cfg.train.seq_len = 2 * cfg.train.accumulation_steps, None
     cfg.sample.prompt, cfg.sample.max_new_tokens = "a", 0  # sampling is tested elsewhere
@@ -138,6 +141,19 @@ def test_one_step(path, tmp_path, one_device, capfd):
     assert line["grad_norm"] > 0
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
     assert capfd.readouterr().out == "a\n"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if load_file(str(path)).mesh.fsdp == -1], ids=lambda path: path.stem
+)
+def test_one_step_on_its_mesh(path, tmp_path):
+    (tmp_path / "text.txt").write_text("a cat sees a bird.\n" * 60)
+    cfg = shrunk(path, tmp_path)
+    cfg.mesh.expert = load_file(str(path)).mesh.expert
+    cfg.train.batch_size = 8 * cfg.train.accumulation_steps
+    lm = llm_jax.fit(cfg, workdir=tmp_path / "run")
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(np.log(lm.config.model.vocab_size), abs=0.5)
 
 
 def test_a_config_without_its_text_says_how_to_give_it():
