@@ -1,9 +1,9 @@
-"""Mixtral 8x7B: 32 layers, 4096 wide, 8 experts of which a token goes through 2, context 4096, on a slice of TPUs.
+"""Mixtral 8x7B: 32 layers, 4096 wide, 8 experts of which a token goes through 2, context 4096, on TPUs.
 
-Mixtral 8x7B: 32 layers, 4096 wide, 8 experts of which a token goes through 2, context 4096, on TPUs.
+python -m llm_jax.main --config=configs/mixtral_8x7b.py --config.data.path=FOLDER --config.data.tokenizer=FILE
 python -m llm_jax.plan --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4
 
-FOLDER holds text; tokenizer.json is Mixtral's.
+FOLDER holds text; FILE is Mixtral's tokenizer.json.
 Parameters: 46,702,792,704, 46,440,648,704 without embeddings. Its published context is 32,768.
 Hardware: planned for v5p:4x4x4, split by experts and fsdp: each expert's tokens on eight chips.
 Time, score: not yet run.
