@@ -1,6 +1,7 @@
 """Training on meshes that split the model, beside one device; and what is sent there, by the compiled text."""
 
 import functools
+import json
 from collections import Counter
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llm_jax
 from llm_jax import data, hlo_cost, parallel, programs, sharding
 from llm_jax.config_rules import freeze
 
@@ -209,3 +211,35 @@ def test_a_lookup_in_a_split_table_and_its_gradient():
     expected, expected_gradient = jax.value_and_grad(functools.partial(loss, lambda t: t[tokens]))(table)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_continues_on_any_mesh(tmp_path):
+    """As one that was never stopped, on one device."""
+    (tmp_path / "text.txt").write_text("a cat sees a bird, and the bird a cat.\n" * 200)
+
+    def fit(sizes, folder, steps):
+        config = llm_jax.config.default()
+        config.model.update(dict(n_embd=32, n_head=4, n_layer=2, block_size=16, vocab_size=256))
+        config.data.update(dict(path=str(tmp_path / "text.txt"), tokenizer="byte", cache_dir=str(tmp_path / "cache")))
+        config.train.update(dict(batch_size=8, num_steps=steps, eval_every=0, save_every=0, log_every=1))
+        # Other schedules go by the number of steps.
+        config.optim.update(dict(name="adamw", warmup_steps=2, schedule="constant"))
+        config.sample.max_new_tokens = 0
+        config.mesh.update(dict(data=1) | sizes)
+        llm_jax.fit(config, workdir=tmp_path / folder)
+        lines = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    whole = fit(dict(data=8), "whole", 12)
+    stopped = [
+        fit(sizes, "stopped", steps)
+        for sizes, steps in (
+            (dict(fsdp=8), 3),
+            (dict(fsdp=2, tensor=4), 6),
+            (dict(data=8), 9),
+            (dict(context=2, fsdp=4), 12),
+        )
+    ][-1]
+    assert len(whole) == len(stopped) == 12
+    np.testing.assert_allclose(stopped, whole, rtol=1e-5)
