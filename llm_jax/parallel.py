@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
-from llm_jax import ops
+from llm_jax import ops, sharding
 from llm_jax.sharding import ROWS, SPLIT, param_spec
 
 TOKENS = P(ROWS, "context")
@@ -200,12 +200,16 @@ def attention(
 # --- Tables of the vocabulary --------------------------------------------------------------------------
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, mesh: Mesh) -> Float[Array, "B T D"]:
-    """table[tokens]."""
-    return _embed(table, tokens, mesh)
-
-
 TABLE = param_spec("VD")
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, mesh: Mesh) -> Float[Array, "B T D"]:
+    """table[tokens]. Along "fsdp" either the table is gathered, or, of fewer tokens than it has rows, the tokens are,
+    and each device looks them all up in its part of the width.
+    """
+    parts = {axis: mesh.shape[axis] for axis in sharding.AXES}
+    own_tokens = tokens.size // math.prod(parts[axis] for axis in (*ROWS, "context"))
+    return _embed(table, tokens, mesh, parts["fsdp"] > 1 and own_tokens < len(table) // parts["tensor"])
 
 
 def _places(rows: int, tokens: Int[Array, "B T"], mesh: Mesh) -> Int[Array, "B T"]:
@@ -216,26 +220,34 @@ def _places(rows: int, tokens: Int[Array, "B T"], mesh: Mesh) -> Int[Array, "B T
     return jnp.where((places >= 0) & (places < rows), places, rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _embed(table, tokens, mesh):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _embed(table, tokens, mesh, sends_tokens):
     def look_up(table, tokens):
-        table = _gathered(table, TABLE, mesh)
+        if sends_tokens:
+            tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        else:
+            table = _gathered(table, TABLE, mesh)
         places = _places(len(table), tokens, mesh)
-        return _sum(table.at[places].get(mode="fill", fill_value=0), ("tensor",), mesh)
+        found = _sum(table.at[places].get(mode="fill", fill_value=0), ("tensor",), mesh)
+        # All rows of the group and a part of the width -> these rows, whole.
+        return jax.lax.all_to_all(found, "fsdp", 0, 2, tiled=True) if sends_tokens else found
 
     return _shard_map(look_up, mesh, (TABLE, TOKENS), ACTIVATIONS)(table, tokens)
 
 
-def _embed_forward(table, tokens, mesh):
-    return _embed(table, tokens, mesh), (table, tokens)
+def _embed_forward(table, tokens, mesh, sends_tokens):
+    return _embed(table, tokens, mesh, sends_tokens), (table, tokens)
 
 
-def _embed_backward(mesh, residuals, d_x):
+def _embed_backward(mesh, sends_tokens, residuals, d_x):
     def gradient(table, tokens, d_x):
-        rows, width = len(table), d_x.shape[-1]
-        whole = jnp.zeros((rows, width), jnp.float32)
-        whole = whole.at[_places(rows, tokens, mesh)].add(d_x.astype(jnp.float32), mode="drop")
-        return _summed_gradient(whole, TABLE, mesh).astype(table.dtype)
+        if sends_tokens:
+            tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+            d_x = jax.lax.all_to_all(d_x, "fsdp", 2, 0, tiled=True)
+        d_table = jnp.zeros((len(table), d_x.shape[-1]), jnp.float32)
+        d_table = d_table.at[_places(len(table), tokens, mesh)].add(d_x.astype(jnp.float32), mode="drop")
+        spec = P() if sends_tokens else TABLE  # the group's rows are all in it
+        return _summed_gradient(d_table, spec, mesh).astype(table.dtype)
 
     return _shard_map(gradient, mesh, (TABLE, TOKENS, ACTIVATIONS), TABLE)(*residuals, d_x), None
 

@@ -197,10 +197,11 @@ def test_tensor_sends_the_sums_of_rows_and_no_weight():
     assert {kind for kind, _ in found} == {"all-reduce"}
 
 
-def test_a_lookup_in_a_split_table_and_its_gradient():
+@pytest.mark.parametrize("vocab_size", [16, 64], ids=["the table is sent", "tokens are sent"])
+def test_a_lookup_in_a_split_table_and_its_gradient(vocab_size):
     mesh = sharding.make_mesh(freeze(dict(mesh=dict(data=1, fsdp=2, tensor=4))).mesh, jax.devices())
-    table = jax.random.normal(jax.random.key(0), (16, 8))
-    tokens = jax.random.randint(jax.random.key(1), (4, 6), 0, 16)
+    table = jax.random.normal(jax.random.key(0), (vocab_size, 8))
+    tokens = jax.random.randint(jax.random.key(1), (4, 6), 0, vocab_size)
     weights = jax.random.normal(jax.random.key(2), (4, 6, 8))
 
     def loss(look_up, table):
@@ -211,6 +212,8 @@ def test_a_lookup_in_a_split_table_and_its_gradient():
     expected, expected_gradient = jax.value_and_grad(functools.partial(loss, lambda t: t[tokens]))(table)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    text = split.lower(table).compile().as_text()
+    assert ("all-to-all" in text) == (vocab_size == 64)
 
 
 @pytest.mark.slow
