@@ -132,6 +132,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences of one optimizer step, over all devices and micro-batches
     seq_len: int | None = None  # tokens of a sequence; None: model.block_size
     accumulation_steps: int = 1  # micro-batches one step is split into
+    micro_batch: int | None = None  # sequences of one of them; 0: as many as fit; None: by accumulation_steps
     num_steps: int = 1000
     eval_every: int = 250  # checkpoints are evaluated besides
     eval_batches: int = 16  # batches of the fixed part of the validation split

@@ -360,12 +360,29 @@ def _train(t: TrainConfig) -> TrainConfig:
         raise InputError(f"train.num_steps ({t.num_steps}) must be at most {MAX_STEPS}")
     if t.seed + t.seeds - 1 > MAX_SEED:
         raise InputError(f"train.seed + train.seeds - 1 ({t.seed + t.seeds - 1}) must be at most {MAX_SEED}")
+    if t.micro_batch is not None:
+        t = _with_micro_batches(t)
     if t.batch_size % t.accumulation_steps:
         raise InputError(
             f"train.batch_size ({t.batch_size}) must be a multiple of "
             f"train.accumulation_steps ({t.accumulation_steps})"
         )
     return t
+
+
+def _with_micro_batches(t: TrainConfig) -> TrainConfig:
+    _at_least("train", t, "micro_batch", 0)
+    if t.micro_batch and t.batch_size % t.micro_batch:
+        raise InputError(
+            f"train.batch_size ({t.batch_size}) must be a multiple of train.micro_batch ({t.micro_batch})"
+        )
+    steps = t.batch_size // t.micro_batch if t.micro_batch else 1
+    if t.accumulation_steps not in (1, steps):
+        raise InputError(
+            f"train.micro_batch ({t.micro_batch}) and train.accumulation_steps ({t.accumulation_steps}) both say how "
+            "a batch is divided; set one of them"
+        )
+    return dataclasses.replace(t, accumulation_steps=steps)
 
 
 def _sample(s: SampleConfig) -> SampleConfig:

@@ -95,17 +95,14 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     mesh = sharding.make_mesh(cfg.mesh, topology.devices)
     programs.check_trainable(cfg, mesh)
-    made = programs.make_programs(cfg, mesh, np.zeros(cfg.model.vocab_size, np.int32))
-    state = _on(jax.eval_shape(made.init), made.placed)
     began = time.monotonic()
     try:
-        compiled = made.train_step.lower(state, _batch(cfg, mesh)).compile()
+        state, compiled = compile_step(cfg, mesh)
     except jax.errors.JaxRuntimeError as error:
         if (told := _out_of_memory(str(error))) is None:
             raise
         raise InputError(f"the step does not fit on {topology.name}: {told}") from None
     seconds = time.monotonic() - began
-    memory = compiled.memory_analysis()
     cost = hlo_cost.analyse(
         compiled.as_text(),
         custom_call_flops=_Kernels(cfg),
@@ -128,11 +125,8 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
         compile_seconds=seconds,
         params=_by_module(state.params),
         optimizer=sum(map(_bytes, jax.tree.leaves((state.opt_state, state.ema)))),
-        temporary=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+        peak=peak_bytes(compiled),
         memory=None if chip is None else chip.memory_bytes,
         flops=cost.flops,
         model_flops=model.train_flops_per_token(cfg.model, cfg.seq_len) * tokens / mesh.size,
@@ -141,6 +135,24 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
         limits=limits,
         tokens=tokens,
         warnings=_warnings(cost, state.params, mesh),
+    )
+
+
+def compile_step(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Any, jax.stages.Compiled]:
+    """The state of a run, as shapes where they lie, and its training step."""
+    made = programs.make_programs(cfg, mesh, np.zeros(cfg.model.vocab_size, np.int32))
+    state = _on(jax.eval_shape(made.init), made.placed)
+    return state, made.train_step.lower(state, _batch(cfg, mesh)).compile()
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a device holds at most: what goes in, what comes out elsewhere, and what is needed on the way."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
     )
 
 

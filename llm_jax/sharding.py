@@ -52,9 +52,14 @@ def one_device(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.flat[:1].reshape([1] * mesh.devices.ndim), mesh.axis_names)
 
 
+def row_parts(mesh: Mesh) -> int:
+    """How many devices have rows of their own."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
     """Raises InputError where a micro-batch cannot be split evenly over the devices."""
-    micro_batch, devices = batch_size // accumulation_steps, math.prod(mesh.shape[axis] for axis in ROWS)
+    micro_batch, devices = batch_size // accumulation_steps, row_parts(mesh)
     if micro_batch % devices:
         raise InputError(
             f"train.batch_size / train.accumulation_steps ({batch_size} / {accumulation_steps} = {micro_batch}) "

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llm_jax import data, init_from, model, run_folder, sharding, train_step
+from llm_jax.auto_fit import choose_micro_batch
 from llm_jax.cache import cache_folder, keep_compiled_programs
 from llm_jax.config import Config, as_dict
 from llm_jax.config_file import load_file
@@ -35,7 +36,8 @@ from llm_jax.tokenizers import Tokenizer
 # A continued run may change how far it goes, when it looks, and how the same numbers are computed: nothing else.
 MAY_DIFFER = frozenset(
     "train.num_steps train.eval_every train.save_every train.log_every train.sample_every train.keep_checkpoints "
-    "train.profile_steps train.accumulation_steps model.attention model.layer_execution model.remat "
+    "train.profile_steps train.accumulation_steps train.micro_batch "
+    "model.attention model.layer_execution model.remat "
     # Data is the same by data.content_hash, and the tokenizer by its own.
     "data.source data.path data.tokenizer data.cache_dir".split()
     + [f"mesh.{axis}" for axis in sharding.AXES]
@@ -91,6 +93,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     corpus = prepare(cfg.data, start.tokenizer)
     cfg = _resolve(cfg, corpus)
     sharding.check_model(cfg.model, cfg.seq_len, mesh)  # of a vocabulary that is known now
+    cfg = choose_micro_batch(cfg, mesh)
     tokenizer = corpus.tokenizer
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
@@ -208,7 +211,8 @@ def _check_same_run(workdir: Path, cfg: Config, tokenizer: Tokenizer | None) -> 
         {f"{group}.{name}": value for group, values in as_dict(c).items() for name, value in values.items()}
         for c in (recorded, cfg)
     )
-    may_differ = MAY_DIFFER - ({"train.accumulation_steps"} if cfg.model.dropout else set())  # a mask a micro-batch
+    drawn_by = {"train.accumulation_steps", "train.micro_batch"} if cfg.model.dropout else set()  # a mask for each
+    may_differ = MAY_DIFFER - drawn_by
     if tokenizer is None:
         may_differ |= {key for key in DECIDED_BY_CORPUS if new[key] is None}
     changed = [key for key in new if old[key] != new[key] and key not in may_differ]

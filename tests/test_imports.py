@@ -20,6 +20,7 @@ ROWS = [
     {"published", "init_from"},
     {"programs", "runs", "decoding", "speculative"},
     {"planning"},
+    {"auto_fit"},
     {"text_model", "engine"},
     {"exported"},
     {"export"},
