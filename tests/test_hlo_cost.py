@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import config, data, hlo, hlo_cost, programs, sharding
+from llm_jax.config_rules import freeze
 
 M, K = 32, 48  # of a product [M, K] @ [K, K]
 PRODUCT = 2 * M * K * K
@@ -455,7 +456,7 @@ TEXTS = 16
 
 
 def step_cost(devices=8, **changes):
-    cfg = config.freeze({"model": SIZES | changes, "train": {"batch_size": TEXTS}})
+    cfg = freeze({"model": SIZES | changes, "train": {"batch_size": TEXTS}})
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:devices])
     init, step, *_ = programs.make_programs(cfg, mesh, np.ones(cfg.model.vocab_size, np.int32))
     placed = lambda where, tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import config, data, hlo_cost, programs, sharding
 from llm_jax.config_file import load_file
+from llm_jax.config_rules import freeze
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu not installed", allow_module_level=True)
@@ -97,7 +98,7 @@ def test_weights_that_go_round_while_they_are_multiplied(devices):
 @pytest.mark.parametrize("layer_execution, remat", [("scan", "none"), ("unrolled", "none"), ("scan", "block")])
 def test_training_step(devices, layer_execution, remat):
     """Of configs/small.py: 6 flops a weight and token, and Muon's, on each device its own."""
-    cfg = config.freeze(load_file(str(SMALL)))
+    cfg = freeze(load_file(str(SMALL)))
     model = dataclasses.replace(
         cfg.model, vocab_size=cfg.data.vocab_size, layer_execution=layer_execution, remat=remat
     )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import layers, model, ops
-from llm_jax.config import MLPS, ModelConfig
+from llm_jax import layers, model, ops, sharding
+from llm_jax.config import MLPS, MeshConfig, ModelConfig
 from llm_jax.config_rules import freeze
 
 # Every size its own number, so that a mixed-up axis shows.
@@ -420,8 +420,10 @@ def test_remat_keeps_less_for_the_backward_pass_and_unrolling_takes_all_periods_
 
 def test_auto_execution_follows_the_mesh_and_a_choice_stays():
     cfg = make()
-    one, eight = (jax.sharding.Mesh(np.array(jax.devices()[:n]), ("data",)) for n in (1, 8))
-    assert [model.for_mesh(cfg, mesh).layer_execution for mesh in (one, eight)] == ["unrolled", "unrolled"]
+    one, eight = (sharding.make_mesh(MeshConfig(), jax.devices()[:n]) for n in (1, 8))
+    split = sharding.make_mesh(MeshConfig(fsdp=8), jax.devices())
+    each = [model.for_mesh(cfg, mesh).layer_execution for mesh in (one, eight, split)]
+    assert each == ["unrolled", "unrolled", "scan"]
     chosen = make(layer_execution="scan", attention="blockwise")
     assert model.for_mesh(chosen, eight) == chosen
 

@@ -2,6 +2,8 @@
 
 import sys
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,12 +258,31 @@ def test_auto_is_blockwise_for_long_texts_only():
     assert has_loop_or_rule(512) and not has_loop_or_rule(8)
 
 
+@pytest.mark.parametrize("how", [{}, {"window": 70}, {"softcap": 1.5}], ids=str)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "splash"])
+def test_fewer_queries_than_keys_are_the_last_ones(implementation, how):
+    q, k, v = inputs(300, head_dim=16)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 100, 4, 16)), jnp.float32)
+
+    def of_all(q, k, v):
+        return jnp.sum(attention(q, k, v, **how, implementation="plain")[:, 200:] * weights)
+
+    def of_the_last(q, k, v):
+        return jnp.sum(attention(q[:, 200:], k, v, **how, implementation=implementation) * weights)
+
+    expected, actual = (jax.value_and_grad(each, (0, 1, 2))(q, k, v) for each in (of_all, of_the_last))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4), actual, expected)
+
+
 def test_errors_show_both_sides():
+    q, k, v = inputs(6, key_time=4)
+    with pytest.raises(ValueError, match="got 6 and 4"):
+        attention(q, k, v)
+    with pytest.raises(ValueError, match="got 6 and 4"):
+        attention(q, k, v, causal=False, window=3)
     q, k, v = inputs(4, key_time=6)
     with pytest.raises(ValueError, match="got 4 and 6"):
-        attention(q, k, v)
-    with pytest.raises(ValueError, match="got 4 and 6"):
-        attention(q, k, v, causal=False, window=3)
+        attention(q, k, v, segments=segments_of(4))
     with pytest.raises(ValueError, match="got T=4 and S=6"):
         attention(q, k, v, causal=False, implementation="blockwise")
     with pytest.raises(ValueError, match=r"query heads \(5\) must be a multiple of key/value heads \(2\)"):

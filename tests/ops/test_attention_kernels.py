@@ -103,7 +103,7 @@ def test_where_cudnn_cannot_serve_auto_says_once_why(reason, device, arrays, how
         ops.attention(*arrays, implementation="cudnn", device=device, **how)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        assert [_choose(*arrays[:2], device, **how) for _ in range(3)] == ["blockwise"] * 3
+        assert [_choose(*arrays[:2], device, causal=True, **how) for _ in range(3)] == ["blockwise"] * 3
     assert len(caught) == 1 and reason in str(caught[0].message)
 
 
@@ -113,14 +113,17 @@ def test_auto_takes_the_kernel_of_the_device():
     q, k, _ = HALF
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [_choose(q, k, device, **nothing) for device in (gpu(), gpu("12.0"), tpu, cpu)] == [
+        assert [_choose(q, k, device, causal=True, **nothing) for device in (gpu(), gpu("12.0"), tpu, cpu)] == [
             "cudnn",
             "cudnn",
             "splash",
             "blockwise",
         ]
-        assert _choose(q[:, :32], k[:, :32], tpu, **nothing) == _choose(q[:, :64], k, gpu(), **nothing) == "plain"
-    assert _why_not_cudnn(q, gpu(), **nothing) is None
+        assert _choose(q[:, :32], k[:, :32], tpu, causal=True, **nothing) == "plain"
+        assert _choose(q[:, :64], k, gpu(), causal=False, **nothing) == "plain"
+        assert _choose(q[:, :64], k, tpu, causal=True, **nothing) == "splash"
+    assert _why_not_cudnn(q, k, gpu(), **nothing) is None
+    assert "as many queries as keys" in _why_not_cudnn(q[:, :64], k, gpu(), **nothing)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")

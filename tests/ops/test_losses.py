@@ -69,9 +69,7 @@ def test_sums_add_up_over_parts():
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_dtype_jit_vmap(dtype, tolerance):
     expected = reference(MASK, 0.0)
-    np.testing.assert_allclose(
-        cross_entropy(LOGITS32.astype(dtype), TARGETS32, MASK32), expected, rtol=tolerance
-    )
+    np.testing.assert_allclose(cross_entropy(LOGITS32.astype(dtype), TARGETS32, MASK32), expected, rtol=tolerance)
     nats, count = jax.jit(jax.vmap(ops.cross_entropy))(LOGITS32.astype(dtype), TARGETS32, MASK32)
     assert nats.shape == (3,) and nats.dtype == jnp.float32
     np.testing.assert_allclose((np.sum(nats), np.sum(count)), expected, rtol=tolerance)

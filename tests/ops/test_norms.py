@@ -38,9 +38,7 @@ def test_rms_norm_gradient_equals_the_hand_written_backward():
 def test_layer_norm_equals_its_formula():
     centred = X - X.mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(
-        layer_norm(X32, WEIGHT32, BIAS32, eps=1e-5), expected * WEIGHT + BIAS, atol=1e-5
-    )
+    np.testing.assert_allclose(layer_norm(X32, WEIGHT32, BIAS32, eps=1e-5), expected * WEIGHT + BIAS, atol=1e-5)
     np.testing.assert_allclose(layer_norm(X32, WEIGHT32, None, eps=1e-5), expected * WEIGHT, atol=1e-5)
     np.testing.assert_allclose(layer_norm(X32, None, None, eps=1e-5), expected, atol=1e-5)
 
