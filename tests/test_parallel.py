@@ -64,13 +64,14 @@ def on_one_device(model, **options):
     return losses
 
 
-MODELS = {"llama": MODEL, "grouped": GROUPED, "experts": EXPERTS, "gpt2": GPT2}
+MODELS = {"eight heads": MODEL | dict(n_head=8), "llama": MODEL, "grouped": GROUPED, "experts": EXPERTS, "gpt2": GPT2}
 # Of the meshes each with a model, and some of all axes at once.
 CASES = [
     ("llama", dict(data=8), {}),
     ("llama", dict(fsdp=8), {}),
     ("grouped", dict(fsdp=8), {}),
     ("llama", dict(tensor=4), {}),
+    ("eight heads", dict(tensor=8), {}),
     ("grouped", dict(tensor=4), {}),
     ("grouped", dict(fsdp=2, tensor=4), {}),
     ("gpt2", dict(fsdp=2, tensor=4), {}),
