@@ -1,6 +1,7 @@
 """How many rows of a batch a device can take at a time: `train.micro_batch=0`."""
 
 import dataclasses
+import math
 import os
 
 import jax
@@ -32,13 +33,18 @@ def choose_micro_batch(cfg: Config, mesh: jax.sharding.Mesh, *, memory_bytes: fl
     parts, batch_size = row_parts(mesh), cfg.train.batch_size
     for micro_batch in (rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0 and rows % parts == 0):
         tried = _with(cfg, micro_batch)
-        peak = planning.peak_bytes(planning.compile_step(tried, mesh)[1])
+        try:
+            peak = planning.peak_bytes(planning.compile_step(tried, mesh)[1])
+        except jax.errors.JaxRuntimeError as error:
+            if not planning.is_out_of_memory(error):
+                raise
+            peak = math.inf  # the compiler has found out
         if peak <= memory:
             say(f"train.micro_batch: {micro_batch} rows at a time, {peak / 2**30:.2f} GiB on each device")
             return tried
     raise InputError(
-        f"not even a micro-batch of {parts} rows fits on these devices: it takes {peak / 2**30:.2f} GiB of "
-        f"{memory / 2**30:.2f}; split the model further (mesh.fsdp), set model.remat=block, or take a smaller model"
+        f"not even a micro-batch of {parts} rows fits on these devices, of which each has {memory / 2**30:.2f} GiB "
+        "for it; split the model further (mesh.fsdp), set model.remat=block, or take a smaller model"
     )
 
 

@@ -7,7 +7,6 @@ Compiles the training step for them, which needs libtpu (pip install 'llm_jax[tp
 """
 
 import json
-
 from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
@@ -66,9 +65,9 @@ def _report(name: str, count: int, plan: "Plan") -> str:
         f"  optimizer   {plan.optimizer / GIB:8.2f}",
         f"  temporary   {plan.temporary / GIB:8.2f}   activations, gradients, gathered weights",
     ]
-    verdict = {None: "", True: f"   fits in {(plan.memory or 0) / GIB:.1f}", False: ""}[plan.fits]
-    if plan.fits is False:
-        verdict = f"   DOES NOT FIT in {plan.memory / GIB:.1f}"
+    verdict = ""
+    if plan.memory is not None:
+        verdict = f"   {'fits' if plan.fits else 'DOES NOT FIT'} in {plan.memory / GIB:.1f}"
     lines += [f"  peak        {plan.peak / GIB:8.2f}{verdict}", "", "A step on a device"]
     lines += [f"  {plan.flops / 1e12:.4g} TFLOP, of the model {plan.model_flops / 1e12:.4g}"]
     lines += [f"  {plan.traffic / 1e9:.4g} GB of memory traffic (an estimate)"]

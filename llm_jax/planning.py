@@ -13,6 +13,7 @@ import numpy as np
 from llm_jax import data, hlo_cost, model, ops, programs, sharding
 from llm_jax.chips import Topology
 from llm_jax.config import Config
+from llm_jax.config_rules import split_runs
 from llm_jax.errors import InputError
 from llm_jax.hlo import Instruction
 
@@ -99,9 +100,13 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
     try:
         state, compiled = compile_step(cfg, mesh)
     except jax.errors.JaxRuntimeError as error:
-        if (told := _out_of_memory(str(error))) is None:
+        if not is_out_of_memory(error):
             raise
-        raise InputError(f"the step does not fit on {topology.name}: {told}") from None
+        used = re.search(r"Used \S+ of \S+ hbm", str(error))
+        raise InputError(
+            f"the step does not fit on {topology.name} ({used[0] if used else 'its compiler says no more'}); split "
+            "it further (mesh.fsdp), set model.remat=block, or raise train.accumulation_steps"
+        ) from None
     seconds = time.monotonic() - began
     cost = hlo_cost.analyse(
         compiled.as_text(),
@@ -139,7 +144,13 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
 
 
 def compile_step(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Any, jax.stages.Compiled]:
-    """The state of a run, as shapes where they lie, and its training step."""
+    """The state of a run, as shapes where they lie, and its training step.
+
+    Raises:
+        InputError: the config is of several runs.
+    """
+    if len(split_runs(cfg)) > 1:
+        raise InputError("a plan, or train.micro_batch=0, is of one run; leave train.seeds and optim.peak_lrs out")
     made = programs.make_programs(cfg, mesh, np.zeros(cfg.model.vocab_size, np.int32))
     state = _on(jax.eval_shape(made.init), made.placed)
     return state, made.train_step.lower(state, _batch(cfg, mesh)).compile()
@@ -165,9 +176,8 @@ def _batch(cfg: Config, mesh: jax.sharding.Mesh) -> data.Batch:
     return data.Batch(*(jax.ShapeDtypeStruct(shape, of, sharding=at) for of in (np.int32, np.int32, np.float32)))
 
 
-def _out_of_memory(message: str) -> str | None:
-    found = re.search(r"Used (\S+) of (\S+) hbm", message)
-    return f"it needs {found[1]} of {found[2]}" if found else None
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:

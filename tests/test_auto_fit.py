@@ -42,6 +42,27 @@ def test_where_nothing_fits_it_is_told(capsys):
         choose(0, lambda peak: 1000)
 
 
+def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
+    compile_step, tried = planning.compile_step, []
+
+    def refuse(cfg, mesh):
+        tried.append(cfg.train.micro_batch)
+        if cfg.train.micro_batch == 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 34.0G of 31.2G hbm")
+        return compile_step(cfg, mesh)
+
+    cfg = freeze(dict(model=MODEL, train=dict(batch_size=16, micro_batch=0), mesh=dict(data=2)))
+    monkeypatch.setattr(planning, "compile_step", refuse)
+    chosen = auto_fit.choose_micro_batch(cfg, sharding.make_mesh(cfg.mesh, jax.devices()[:2]), memory_bytes=1e12)
+    assert chosen.train.micro_batch == 8 and tried == [16, 8]
+
+
+def test_several_runs_have_no_plan():
+    cfg = freeze(dict(model=MODEL, train=dict(batch_size=16, micro_batch=0, seeds=2)))
+    with pytest.raises(InputError, match="of one run"):
+        auto_fit.choose_micro_batch(cfg, sharding.make_mesh(cfg.mesh, jax.devices()))
+
+
 def test_a_number_is_taken_as_it_is():
     cfg, _ = choose(4, lambda peak: 1)
     assert (cfg.train.micro_batch, cfg.train.accumulation_steps) == (4, 4)
