@@ -78,6 +78,8 @@ def mix_experts(
 
 
 def _ragged(x, weights, counts, *, precision):
+    # TPUs' kernel takes no precision beyond bfloat16's of bfloat16.
+    precision = precision if x.dtype == jnp.float32 else None
     return jax.lax.ragged_dot(x, weights, counts.astype(jnp.int32), precision=precision)
 
 
