@@ -411,7 +411,7 @@ def test_tokens_that_only_the_settings_list_are_added(tmp_path):
     assert tokenizer.encode("a  b<|im_end|>") == [97, 258, 98, 257]
     assert (tokenizer.eos_id, tokenizer.pad_id) == (257, 256)
     assert tokenizer.decode([97, 258, 98, 257]) == "a  b"
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers not installed")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert theirs.encode("a  b<|im_end|>") == [97, 258, 98, 257]
 
@@ -427,7 +427,7 @@ def test_tokens_that_only_the_settings_list_are_added(tmp_path):
     ids=str,
 )
 def test_ids_are_those_of_transformers_where_the_settings_say_more_than_the_file(config, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers not installed")
     foreign(tmp_path, ["<s>"], {"bos_token": "<s>"} | config)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
