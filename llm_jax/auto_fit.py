@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from llm_jax import planning
+from llm_jax import hosts, planning
 from llm_jax.config import Config, as_dict
 from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
@@ -29,7 +29,7 @@ def choose_micro_batch(cfg: Config, mesh: jax.sharding.Mesh, *, memory_bytes: fl
     """
     if cfg.train.micro_batch != 0:
         return cfg
-    memory = (1 - SPARE) * (device_memory(mesh) if memory_bytes is None else memory_bytes)
+    memory = (1 - SPARE) * min(hosts.of_all(device_memory(mesh) if memory_bytes is None else memory_bytes))
     parts, batch_size = row_parts(mesh), cfg.train.batch_size
     for micro_batch in (rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0 and rows % parts == 0):
         tried = _with(cfg, micro_batch)
@@ -55,8 +55,8 @@ def _with(cfg: Config, micro_batch: int) -> Config:
 
 
 def device_memory(mesh: jax.sharding.Mesh) -> float:
-    """Bytes of a device; CPU devices share the machine's."""
-    stats = mesh.devices.flat[0].memory_stats()
+    """Bytes of a device of this process; CPU devices share the machine's."""
+    stats = mesh.local_devices[0].memory_stats()
     if stats is not None and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size

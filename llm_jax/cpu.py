@@ -32,16 +32,19 @@ def huge_pages(given: Mapping[str, str]) -> dict[str, str]:
     return {VARIABLE: TUNABLES}
 
 
-def devices(given: Mapping[str, str], cfg: Config) -> dict[str, str]:
+def devices(given: Mapping[str, str], cfg: Config, num_processes: int | None = None) -> dict[str, str]:
     """The variables to add to `given` for a process that trains by this config; none where a person has set them.
 
     As many devices as the mesh wants, if there are as many cores. Else as many as there are cores, or as divide
-    the rows of a micro-batch; one for a wide model, or with dropout, whose mask is drawn for all rows at once.
+    the rows of a micro-batch; one for a wide model, or with dropout, whose mask is drawn for all rows at once. Each
+    of several processes has its part of what the mesh wants, or one.
     """
     if devices_are_set(given):
         return {}
     rows = cfg.train.batch_size // cfg.train.accumulation_steps
     wanted = math.prod(dataclasses.astuple(cfg.mesh))  # below 0 where one of them takes what is left
+    if num_processes is not None:
+        return {NUM_DEVICES: str(max(1, wanted // num_processes))}
     if not 1 <= wanted <= cores():
         most = 1 if cfg.model.n_embd >= TOO_WIDE or cfg.model.dropout else min(cores(), MAX_DEVICES)
         wanted = max(n for n in range(1, most + 1) if rows % n == 0)
@@ -61,12 +64,12 @@ def cores() -> int:
 def restart(module: str) -> None:
     """Starts this process again with huge pages, unless it has them or is no `python -m <module>`."""
     added = huge_pages(os.environ)
-    if added and sys.executable and _started_as(module):
+    if added and sys.executable and started_as(module):
         sys.stdout.flush(), sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})
 
 
-def _started_as(module: str) -> bool:
+def started_as(module: str) -> bool:
     """Whether the interpreter's own -m names the module; a debugger's or a profiler's would be restarted itself."""
     arguments = iter(sys.orig_argv[1:])
     for argument in arguments:

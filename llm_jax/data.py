@@ -22,13 +22,18 @@ class Batch(NamedTuple):
     mask: np.ndarray  # float32 [B, T]
 
 
-def train_batches(tokens: np.ndarray, *, block_size: int, batch_size: int, seed: int) -> grain.MapDataset:
+def train_batches(
+    tokens: np.ndarray, *, block_size: int, batch_size: int, seed: int, rows: Sequence[int] | None = None
+) -> grain.MapDataset:
     """Endless random access: `batches[step]` is a Batch that depends on (tokens, seed, step) alone.
 
     An epoch is a permutation of the windows of `block_size` tokens, whose common start is an offset in
     [0, block_size) drawn for (seed, epoch). Batch s holds samples s * batch_size onwards of the epochs
     one after the other, so one batch may end an epoch and begin the next.
+
+    `rows` of each batch are read and no others, for a process that has these; None: all.
     """
+    rows = range(batch_size) if rows is None else rows
     length = len(tokens)
     if length < block_size + 1:
         raise InputError(
@@ -53,20 +58,30 @@ def train_batches(tokens: np.ndarray, *, block_size: int, batch_size: int, seed:
         start = offset + int(order[place] if few else place) * block_size
         return np.asarray(tokens[start : start + block_size + 1], np.int32)
 
-    ones = np.ones((batch_size, block_size), np.float32)
+    ones = np.ones((len(rows), block_size), np.float32)
     places = grain.MapDataset.range(num_windows)
     windows = (places if few else places.shuffle(seed=seed)).repeat(None).map_with_index(window)
-    return windows.batch(batch_size, batch_fn=np.stack).map(lambda w: Batch(w[:, :-1], w[:, 1:], ones))
+
+    def batch(step: int) -> Batch:
+        tokens = np.stack([windows[step * batch_size + row] for row in rows])
+        return Batch(tokens[:, :-1], tokens[:, 1:], ones)
+
+    return grain.MapDataset.range(len(windows) // batch_size).map(batch)
 
 
 def eval_batches(
-    tokens: np.ndarray, *, block_size: int, batch_size: int, max_batches: int | None = None
+    tokens: np.ndarray,
+    *,
+    block_size: int,
+    batch_size: int,
+    max_batches: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Sequence[Batch]:
     """Windows side by side: every token after the first is a target once, each with mask 1.
 
     All batches have one shape: the last window and the last batch are filled up with mask 0.
     `max_batches` takes that many batches of full windows, evenly spaced and always the same, if there
-    are more windows than that. Batches are cut when they are asked for.
+    are more windows than that. Batches are cut when they are asked for, of each but these `rows` (None: all).
     """
     if len(tokens) < 2:
         raise InputError(
@@ -78,12 +93,14 @@ def eval_batches(
     if max_batches is not None and len(places) > max_batches * batch_size:
         wanted, full = max_batches * batch_size, num_predicted // block_size
         places = [i * full // wanted for i in range(wanted)]
-    return _EvalBatches(tokens, places, block_size, batch_size)
+    return _EvalBatches(tokens, places, block_size, batch_size, range(batch_size) if rows is None else rows)
 
 
 class _EvalBatches(Sequence):
-    def __init__(self, tokens: np.ndarray, places: Sequence[int], block_size: int, batch_size: int):
-        self._tokens, self._places = tokens, places
+    def __init__(
+        self, tokens: np.ndarray, places: Sequence[int], block_size: int, batch_size: int, rows: Sequence[int]
+    ):
+        self._tokens, self._places, self._rows = tokens, places, rows
         self._block_size, self._batch_size = block_size, batch_size
 
     def __len__(self) -> int:
@@ -91,9 +108,12 @@ class _EvalBatches(Sequence):
 
     def __getitem__(self, index: int) -> Batch:
         index = range(len(self))[index]  # IndexError past the end, which iteration relies on
-        shape = (self._batch_size, self._block_size)
+        shape = (len(self._rows), self._block_size)
         batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-        for row, place in enumerate(self._places[index * shape[0] : (index + 1) * shape[0]]):
+        for row, number in enumerate(self._rows):
+            if index * self._batch_size + number >= len(self._places):  # the last batch is filled up
+                continue
+            place = self._places[index * self._batch_size + number]
             window = self._tokens[place * self._block_size : (place + 1) * self._block_size + 1]
             length = len(window) - 1
             batch.tokens[row, :length] = window[:-1]

@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from llm_jax.distributed import TRY_AGAIN, PeerLost, is_started, leave
 from llm_jax.errors import InputError
 from llm_jax.progress import silence_standard_output
 
@@ -24,25 +26,34 @@ def run(main: Callable[..., Any], *, subcommands: Sequence[str] = (), arguments:
     Where it has subcommands, `main` is given the one that was named; where it has arguments, such as SRC and DST,
     all of them.
 
-    0: done. 2: a person's mistake, told in one line on standard error. 130 or 143: ended by SIGINT or
-    SIGTERM, 141: by a closed pipe. Anything else that goes wrong is our bug, and keeps its traceback.
+    0: done. 2: a person's mistake, told in one line on standard error. 75: another process of the run was lost, and
+    the same command goes on. 130 or 143: ended by SIGINT or SIGTERM, 141: by a closed pipe. Anything else that goes
+    wrong is our bug, and keeps its traceback.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)  # else orbax tells each of its steps, and grain of older jax
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding has not
-        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+        signal.signal(signal.SIGTERM, lambda signum, frame: leave(128 + signum))
         try:
             main(*argv[1:])
         except InputError as error:
             _mistake(error)
+        except PeerLost as error:
+            print(f"error: {error}", file=sys.stderr)
+            leave(TRY_AGAIN)
         except BrokenPipeError:  # who read our output has had enough: `... | head`
             silence_standard_output()  # else Python complains at its own exit
-            sys.exit(128 + signal.SIGPIPE)
+            leave(128 + signal.SIGPIPE)
         except KeyboardInterrupt as stop:
             print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
-            sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
+            leave(128 + getattr(stop, "signum", signal.SIGINT))
+        except Exception:
+            if not is_started():
+                raise
+            traceback.print_exc()
+            leave(1)
 
     app.run(guarded, flags_parser=functools.partial(parse, subcommands=subcommands, arguments=arguments))
 
@@ -93,4 +104,4 @@ def _config_change(argument: str) -> str:
 
 def _mistake(error: Exception | str) -> NoReturn:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    leave(2)

@@ -8,6 +8,8 @@ from tqdm.auto import tqdm
 
 LOG_SECONDS = 30  # between two lines in a log file
 
+_silent = False
+
 
 def in_notebook() -> bool:
     return "ipykernel" in sys.modules
@@ -15,11 +17,19 @@ def in_notebook() -> bool:
 
 def is_live() -> bool:
     """Whether a line can be drawn over: a terminal or a notebook, not a file."""
-    return sys.stderr.isatty() or in_notebook()
+    return not _silent and (sys.stderr.isatty() or in_notebook())
+
+
+def say_nothing() -> None:
+    """From now on: another process of the same run talks."""
+    global _silent
+    _silent = True
 
 
 def say(text: str) -> None:
     """A line of talk on standard error, above the live line; nothing, where nobody reads it any more."""
+    if _silent:
+        return
     with contextlib.suppress(BrokenPipeError):
         tqdm.write(text, file=sys.stderr)
 
@@ -38,4 +48,5 @@ def byte_bar(total: int, what: str) -> tqdm:
         maxinterval=2 * LOG_SECONDS,
         delay=LOG_SECONDS,
     )
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, **({} if is_live() else plain))
+    how = {"disable": True} if _silent else {} if is_live() else plain
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, **how)

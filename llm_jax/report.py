@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from llm_jax import hosts
 from llm_jax.files import write_whole
 from llm_jax.progress import in_notebook, is_live, say
 
@@ -22,10 +23,12 @@ class Report:
 
     def __init__(self, workdir: Path, *, first_step: int, num_steps: int) -> None:
         self._path = workdir / "metrics.jsonl"
+        self._file = None
         kept = [line for line in read_metrics(workdir) if line["step"] <= first_step and "val_loss_full" not in line]
         self.seconds_before = max((line.get("wall_seconds", 0.0) for line in kept), default=0.0)
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+        if hosts.is_first():  # of several processes
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = self._path.open("a")
         self._start, self._first_step = time.monotonic(), first_step
         # A terminal or a notebook gets one live line, anything else (a log file) a plain line a log.
         self._live = is_live()
@@ -42,12 +45,14 @@ class Report:
 
     def __exit__(self, *error: Any) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a line to metrics.jsonl, at once on disk's way: a killed run has all that it printed."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
 
     def progress(self, step: int, lines: Sequence[Mapping[str, float]]) -> None:
         """Shows a training line of each run, with the time left at the pace of the steps so far."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -18,10 +19,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llm_jax import data, init_from, model, run_folder, sharding, train_step
+from llm_jax import data, hosts, init_from, model, run_folder, sharding, train_step
 from llm_jax.auto_fit import choose_micro_batch
 from llm_jax.cache import cache_folder, keep_compiled_programs
-from llm_jax.config import Config, as_dict
+from llm_jax.config import Config, DataConfig, as_dict
 from llm_jax.config_file import load_file
 from llm_jax.config_rules import freeze
 from llm_jax.corpus import Corpus, prepare
@@ -45,6 +46,7 @@ MAY_DIFFER = frozenset(
 DECIDED_BY_CORPUS = frozenset({"model.vocab_size", "data.content_hash"})
 
 BATCHES_AHEAD = 2  # cut and on the device before their step is due
+ONE_SIGNAL_SECONDS = 1  # a launcher, and the parent of several processes, may pass on what has come directly too
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,6 +72,9 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     `optim.peak_lrs` it trains several runs as one program: each gets a folder run_<n>/ that loads like any run's,
     and the one with the lowest validation loss is returned.
 
+    Several processes of jax.distributed train as one: all call this, with the same config and a workdir that all of
+    them see; the first writes what a run has once, all write the checkpoints, and each returns the model.
+
     The device memory of the model that an earlier call returned is freed: that model moves to the host's, and goes
     on working, but arrays that were taken from its `params` before are deleted.
 
@@ -79,8 +84,14 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     Raises:
         InputError: an impossible config or corpus, a workdir whose run was made with another config, or a loss
             that is no number any more (what was saved before stays).
-        Stopped: by SIGINT or SIGTERM, after saving.
+        Stopped: by SIGINT or SIGTERM, to this process or another of the run, after saving.
+        PeerLost: another process of the run is gone; the same call in all of them goes on from the last checkpoint.
     """
+    with hosts.noticing_loss():
+        return _fit(config, workdir)
+
+
+def _fit(config: ConfigDict | str | Path, workdir: str | Path) -> LanguageModel:
     _free_last_model()
     workdir = Path(os.path.expanduser(workdir))
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
@@ -90,11 +101,13 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     cfg = start.config
     check_trainable(cfg, mesh)
     _check_same_run(workdir, cfg, None)  # what is known before the corpus is read
+    hosts.check_same({"config": str(dataclasses.replace(cfg, data=DataConfig()))})  # data may lie elsewhere there
     corpus = prepare(cfg.data, start.tokenizer)
     cfg = _resolve(cfg, corpus)
     sharding.check_model(cfg.model, cfg.seq_len, mesh)  # of a vocabulary that is known now
     cfg = choose_micro_batch(cfg, mesh)
     tokenizer = corpus.tokenizer
+    hosts.check_same({"corpus": corpus.content_hash, "tokenizer": tokenizer.fingerprint(), "jax": jax.__version__})
     try:
         LanguageModel(cfg, {}, tokenizer).encode_prompt(cfg.sample.prompt)
     except InputError as error:  # now, and not when the training is done
@@ -111,10 +124,13 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
 
     programs = make_programs(cfg, mesh, tokenizer.token_bytes())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_only_here(workdir))
+        if hosts.is_first():
+            stack.enter_context(_only_here(workdir))
         _check_same_run(workdir, cfg, tokenizer)
-        run_folder.write_run(workdir, cfg, tokenizer)
-        runs.write(tokenizer)
+        if hosts.is_first():
+            run_folder.write_run(workdir, cfg, tokenizer)
+            runs.write(tokenizer)
+        hosts.check_shared(workdir)
         stack.enter_context(runs.open_checkpoints())
         saved_step = runs.last_step()
         first_step = saved_step or 0
@@ -126,14 +142,16 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
                 state = state._replace(params=runs.all_from(start.params(), programs.placed.params))
         else:
             state = runs.restore(saved_step, jax.eval_shape(programs.init), programs.placed)
-        if first_step < cfg.train.num_steps or not any("val_loss_full" in line for line in read_metrics(workdir)):
+        is_done = any("val_loss_full" in line for line in read_metrics(workdir))
+        if first_step < cfg.train.num_steps or not hosts.agree(is_done):
             if first_step:
                 say(f"continues after step {first_step}")
-            state = _Loop(cfg, runs, programs, batches, tokenizer, workdir).run(state, first_step)
+            state = _Loop(cfg, runs, programs, batches, tokenizer, mesh, workdir).run(state, first_step)
         else:
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
-    best = _best_run(runs, workdir)
-    return _remember(LanguageModel(runs.configs[best], _on_one_device(runs.part(state.eval_params, best)), tokenizer))
+    best = hosts.agree(_best_run(runs, workdir))
+    params = hosts.everywhere(runs.part(state.eval_params, best), mesh)
+    return _remember(LanguageModel(runs.configs[best], params, tokenizer))
 
 
 def _compile_ahead(programs: Programs, batches: "_Batches", stack: contextlib.ExitStack) -> Programs:
@@ -173,11 +191,6 @@ def _only_here(workdir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def _on_one_device(params: model.Params) -> model.Params:
-    """For a model that generates: a kernel that is not told of a mesh can serve one device alone."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, min(leaf.devices(), key=lambda device: device.id)), params)
 
 
 def _best_run(runs: Runs, workdir: Path) -> int:
@@ -232,40 +245,52 @@ class _Batches:
     """What the programs take, by step, on the devices of the mesh."""
 
     def __init__(self, cfg: Config, corpus: Corpus, runs: Runs, mesh: jax.sharding.Mesh) -> None:
-        block_size, batch_size = cfg.seq_len, cfg.train.batch_size
+        self._place = functools.partial(hosts.place_batch, mesh=mesh)
+        self._batch_size = cfg.train.batch_size
+        shape = self._shape(self._batch_size, cfg, mesh)
         of_seed = {
-            seed: data.train_batches(corpus.train, block_size=block_size, batch_size=batch_size, seed=seed)
+            seed: data.train_batches(corpus.train, **shape, seed=seed)
             for seed in {run.train.seed for run in runs.configs}
         }
         self._of_runs = [of_seed[run.train.seed] for run in runs.configs]
-        self._sharding = sharding.split_batch(mesh)
-        self._stacked_sharding = sharding.split_batch(mesh, axis=1)
         # In micro-batches, as training is: what fits there fits here.
         parts = cfg.train.accumulation_steps
-        shape = dict(block_size=block_size, batch_size=batch_size // parts)
+        self._val_batch_size = self._batch_size // parts
+        shape = self._shape(self._val_batch_size, cfg, mesh)
         self._val_part = data.eval_batches(corpus.val, **shape, max_batches=cfg.train.eval_batches * parts)
         self._val_whole = data.eval_batches(corpus.val, **shape)
+
+    @staticmethod
+    def _shape(batch_size: int, cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+        return dict(block_size=cfg.seq_len, batch_size=batch_size, rows=hosts.local_rows(mesh, batch_size))
 
     def train(self, step: int) -> data.Batch:
         """Of the step that makes `step` finished updates: one, or the runs' own on a leading axis."""
         each = [batches[step - 1] for batches in self._of_runs]
         if len(each) == 1:
-            return jax.device_put(each[0], self._sharding)
-        return jax.device_put(jax.tree.map(lambda *arrays: np.stack(arrays), *each), self._stacked_sharding)
+            return self._place(each[0], self._batch_size)
+        return self._place(jax.tree.map(lambda *arrays: np.stack(arrays), *each), self._batch_size, axis=1)
 
     def validation(self, *, whole: bool) -> Iterator[data.Batch]:
         for batch in self._val_whole if whole else self._val_part:
-            yield jax.device_put(batch, self._sharding)
+            yield self._place(batch, self._val_batch_size)
 
 
 class _Loop:
     """The steps of `fit`, and what is due between them."""
 
     def __init__(
-        self, cfg: Config, runs: Runs, programs: Programs, batches: _Batches, tokenizer: Tokenizer, workdir: Path
+        self,
+        cfg: Config,
+        runs: Runs,
+        programs: Programs,
+        batches: _Batches,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        workdir: Path,
     ) -> None:
         self._cfg, self._runs, self._programs, self._batches = cfg, runs, programs, batches
-        self._tokenizer, self._workdir = tokenizer, workdir
+        self._tokenizer, self._mesh, self._workdir = tokenizer, mesh, workdir
         self._in_flight: deque[tuple[int, Mapping[str, Any]]] = deque()
         self._diverged = [False] * len(runs)
 
@@ -278,7 +303,11 @@ class _Loop:
             with Report(self._workdir, first_step=first_step, num_steps=num_steps) as self._report:
                 self._clock = _Clock(self._report.seconds_before, first_step)
                 # The last evaluation and sample come after: the state is saved by then, and a signal just ends them.
-                with _stop_signals() as stop, ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as trace:
+                with (
+                    _stop_signals(self._mesh) as stop,
+                    ThreadPoolExecutor(1) as pool,
+                    contextlib.ExitStack() as trace,
+                ):
                     steps = range(first_step + 1, num_steps + 1)
                     for step, batch in _ahead(pool, self._batches.train, steps):
                         if profiled and step == profiled[0]:
@@ -286,7 +315,7 @@ class _Loop:
                             trace.enter_context(jax.profiler.trace(str(self._workdir / "profile")))
                         state, metrics = self._programs.train_step(state, batch)
                         self._in_flight.append((step, metrics))
-                        stopping = stop.signum
+                        stopping = stop.agreed()
                         evaluates = self._is_due(step, train.eval_every) or self._is_due(step, train.save_every)
                         saves = self._is_due(step, train.save_every) or bool(stopping)
                         samples = self._is_due(step, train.sample_every) and step < num_steps
@@ -307,8 +336,8 @@ class _Loop:
                             self._print_sample(state, self._diverged.index(False))
                         if step == steps[0] or traced or evaluates or samples:
                             self._clock.restart(step)  # compiling, evaluating and the like are not training speed
-                    if stop.signum:  # it came while the last step was evaluated and saved
-                        raise Stopped(stop.signum, num_steps, self._workdir)
+                    if stopping := stop.agreed():  # it came while the last step was evaluated and saved
+                        raise Stopped(stopping, num_steps, self._workdir)
                 # A run may be told to end before the step it has reached.
                 whole = self._evaluate(max(first_step, num_steps), state, whole=True)
                 self._print_sample(state, int(np.nanargmin(whole)))
@@ -356,7 +385,7 @@ class _Loop:
         for label, chosen in self._groups():
             losses, bits = (mean_and_deviation([lines[n][name] for n in chosen]) for name in values)
             say(f"{what}{label}: val_loss {losses}, {bits} bits per byte")
-        if not whole:
+        if not whole and hosts.is_first():
             plot_losses(self._workdir)
         return [math.nan if bad else line["val_loss"] for bad, line in zip(self._diverged, lines, strict=True)]
 
@@ -398,7 +427,10 @@ class _Loop:
 
     def _print_sample(self, state: train_step.TrainState, n: int) -> None:
         run = self._runs.configs[n]
-        language_model = LanguageModel(run, _on_one_device(self._runs.part(state.eval_params, n)), self._tokenizer)
+        params = hosts.everywhere(self._runs.part(state.eval_params, n), self._mesh)
+        if not hosts.is_first():
+            return
+        language_model = LanguageModel(run, params, self._tokenizer)
         request = dataclasses.asdict(run.sample)
         try:
             print(language_model.generate(request.pop("prompt"), **request), flush=True)
@@ -438,21 +470,31 @@ class _Clock:
 
 
 class _Stop:
-    signum: int | None = None
+    """The first signal that came, and what the processes of the run agree on."""
+
+    def __init__(self, mesh: jax.sharding.Mesh) -> None:
+        self.signum, self.seconds = 0, -math.inf
+        self._votes = hosts.Votes(mesh)
+
+    def agreed(self) -> int:
+        """The signal to stop for, in all processes at the same call; 0: none."""
+        return self._votes.largest(self.signum)
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals(mesh: jax.sharding.Mesh) -> Iterator[_Stop]:
     """Notes the first SIGINT or SIGTERM, for the loop to act on between two steps; a second one interrupts."""
-    stop = _Stop()
+    stop = _Stop(mesh)
     if threading.current_thread() is not threading.main_thread():  # only there does Python allow handlers
         yield stop
         return
 
     def note(signum: int, frame: Any) -> None:
-        if stop.signum is not None:
+        now = time.monotonic()
+        if stop.signum and now > stop.seconds + ONE_SIGNAL_SECONDS:
             raise Interrupted(signum)
-        stop.signum = signum
+        if not stop.signum:
+            stop.signum, stop.seconds = signum, now
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,0 +1,192 @@
+"""Commands of several processes that train as one: how they find each other, and how one of them ends."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from llm_jax import cpu, progress
+from llm_jax.errors import InputError
+
+# What each launcher sets for its processes, and jax.distributed reads to find the first of them.
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+OPEN_MPI_ADDRESS = "OMPI_MCA_orte_hnp_uri"  # Open MPI 5 does not set it any more
+TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # on GKE, with commas between them
+
+START_SECONDS = 300  # until all processes must have come
+HEARTBEAT_SECONDS = 15  # without a sign of life a process counts as lost: a killed one, or its machine
+TRY_AGAIN = getattr(os, "EX_TEMPFAIL", 75)  # exit code: the same command, once more, goes on
+PARENT = "LLM_JAX_PARENT"  # set for a child of `supervise`: a pipe that ends with its parent
+
+
+class PeerLost(RuntimeError):
+    """Another process of this run is gone, and with it its part of the state."""
+
+
+class Cluster(NamedTuple):
+    """arguments: of jax.distributed.initialize; those that are not here it finds itself."""
+
+    num_processes: int | None  # None: only the machine knows
+    arguments: dict[str, Any]
+
+
+def find(
+    environ: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: bool = False,
+) -> Cluster | None:
+    """The processes that this one belongs to: by the flags, or as its launcher tells; None: it is alone.
+
+    Args:
+        coordinator: HOST:PORT of process 0, reached by all.
+        distributed: there are others, as the machine's own service knows (a pod of Cloud TPU VMs).
+
+    Raises:
+        InputError: the flags are not complete, or contradict each other.
+    """
+    if coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
+        raise InputError(f"--coordinator ({coordinator!r}) must be HOST:PORT of process 0, such as 10.0.0.1:1234")
+    told = _launched(environ)
+    given = {"num_processes": num_processes, "process_id": process_id}
+    if told is None and any(value is not None for value in given.values()):
+        if missing := [name for name, value in {"coordinator": coordinator, **given}.items() if value is None]:
+            raise InputError(
+                f"--{missing[0]} is missing; several processes need --coordinator=HOST:PORT, --num_processes and "
+                "--process_id (0 for the one at HOST)"
+            )
+        if not 0 <= process_id < num_processes:
+            raise InputError(
+                f"--process_id ({process_id}) must be from 0 to --num_processes - 1 ({num_processes - 1})"
+            )
+        return Cluster(num_processes, {"coordinator_address": coordinator, **given}) if num_processes > 1 else None
+    if told is None:
+        if coordinator is not None:
+            raise InputError("--coordinator needs --num_processes and --process_id: no launcher tells of them here")
+        return Cluster(None, {}) if distributed else None
+    count, arguments = told
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"--{name} ({value}): the launcher of this process tells it already; leave it out")
+    if count == 1:
+        return None
+    if coordinator is not None:
+        return Cluster(count, arguments | {"coordinator_address": coordinator})
+    if OPEN_MPI[0] in environ and arguments and OPEN_MPI_ADDRESS not in environ:
+        raise InputError("Open MPI does not tell where process 0 is; give --coordinator=HOST:PORT of its machine")
+    return Cluster(count, {} if OPEN_MPI_ADDRESS in environ else arguments)
+
+
+def _launched(environ: Mapping[str, str]) -> tuple[int, dict[str, Any]] | None:
+    """How many processes a launcher has started, and what it tells of them that jax does not find itself."""
+    if all(name in environ for name in SLURM):
+        return int(environ["SLURM_NTASKS"]), {}
+    if all(name in environ for name in OPEN_MPI):
+        count, rank = (int(environ[name]) for name in OPEN_MPI)
+        return count, {"num_processes": count, "process_id": rank}
+    hosts = next((environ[name] for name in TPU_HOSTS if name in environ), None)
+    if hosts is not None:
+        return len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1), {}
+    return None
+
+
+def supervise(module: str) -> None:
+    """Runs this command again as a child, and exits as it does, unless this is that child or no `python -m <module>`.
+
+    A process that loses another is ended by XLA, wherever it is, with SIGABRT and a trace: its parent says in one
+    line what that means.
+    """
+    if PARENT in os.environ:
+        _end_with_parent(int(os.environ.pop(PARENT)))
+        return
+    if os.name != "posix" or not sys.executable or not cpu.started_as(module):
+        return
+    reader, writer = os.pipe()  # the writing end is this process's alone: the system closes it, however this ends
+    os.set_inheritable(reader, True)
+    command = [sys.executable, *sys.orig_argv[1:]]
+    child = subprocess.Popen(command, env={**os.environ, PARENT: str(reader)}, pass_fds=[reader])
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: child.send_signal(signum))
+    code = child.wait()
+    os.close(writer)
+    if code == -signal.SIGABRT:
+        print(
+            "error: this process lost the others of its run, or never met them; start all of them again with the "
+            "same command: a run goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(TRY_AGAIN)
+    if code < 0:
+        print(f"error: ended by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def _end_with_parent(pipe: int) -> None:
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            os.read(pipe, 1)  # returns when the other end is closed
+        os._exit(TRY_AGAIN)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def start(cluster: Cluster) -> None:
+    """Joins the processes, before jax knows its devices; what only one of them should tell, the first one tells.
+
+    Raises:
+        InputError: process 0 is not there.
+    """
+    import jax
+
+    # Gloo writes a line to standard output for each group of processes: it goes to standard error.
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = open(results, "w", errors="replace")
+    address, process_id = (cluster.arguments.get(name) for name in ("coordinator_address", "process_id"))
+    if address is not None and process_id:
+        _wait_for(address)
+    jax.distributed.initialize(
+        **cluster.arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+    if jax.process_index():
+        progress.say_nothing()
+
+
+def _wait_for(address: str) -> None:
+    """Until process 0 listens: the client of jax.distributed would end this process with a trace if it never does."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"process 0 does not answer at {address} ({error}); start it, or give its --coordinator"
+                ) from None
+        time.sleep(0.2)
+
+
+def is_started() -> bool:
+    """Whether this process is one of several."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process as sys.exit does; one of several at once, without waiting for the others to end too."""
+    if is_started():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
