@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import re
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from llm_jax.errors import InputError
 LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE", re.I)
 
 VOTES_BEHIND = 2
+SPARE = 0.2  # of the parameters' size: for what a model that generates holds besides
 SEEN_SECONDS = 30  # until a file that one machine wrote is seen by others: network file systems remember a while
 
 
@@ -97,8 +99,15 @@ def place_batch(batch: Any, batch_size: int, *, mesh: Mesh, axis: int = 0) -> An
     return jax.tree.map(place, batch)
 
 
-def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of the mesh, whole on a device of this process; all processes must call it."""
+def everywhere(tree: Any, mesh: Mesh) -> Any | None:
+    """Arrays of the mesh, whole on a device of this process; None where they do not fit there.
+
+    All processes must call it.
+    """
+    stats = mesh.local_devices[0].memory_stats() or {}
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else math.inf  # a CPU does not say
+    if (1 + SPARE) * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) > min(of_all(free)):
+        return None
     if jax.process_count() == 1:
         return jax.tree.map(
             lambda leaf: jax.device_put(leaf, min(leaf.devices(), key=lambda device: device.id)), tree

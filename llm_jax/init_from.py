@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llm_jax import model, pretrained, run_folder
 from llm_jax.config import Config, DataConfig, ModelConfig
@@ -21,8 +21,9 @@ class Start(NamedTuple):
     tokenizer: Tokenizer | None = None
     source: pretrained.Source | None = None
 
-    def params(self) -> model.Params:
-        return pretrained.load_params(self.source, self.config.model.param_dtype)[1]
+    def params(self, placed: Any) -> model.Params:
+        """Where `placed`, a tree of shardings, has them."""
+        return pretrained.load_params(self.source, self.config.model.param_dtype, placed)[1]
 
 
 def find(cfg: Config, workdir: Path) -> Start:

@@ -1,11 +1,12 @@
 """A path that holds a model -> config, tokenizer and parameters."""
 
+import functools
 import importlib.util
 import math
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from llm_jax.config_rules import freeze, in_dtype
 from llm_jax.errors import InputError
 from llm_jax.files import read_json
 from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, hf_generation, llama2c
-from llm_jax.interop.tensors import Part, Place, check_shapes, fill, parts, tensors
+from llm_jax.interop.tensors import Part, Place, check_shapes, parts, read_slices, tensors
 from llm_jax.progress import byte_bar, say
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
 
@@ -33,7 +34,7 @@ class Source(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     part: Part
-    params: model.Params | None = None  # where they are in memory all the same
+    restore: run_folder.Restore | None = None  # all of them, from a run's checkpoint
 
 
 def open_model(path: str | Path, *, step: int | str = "best", tokenizer: Tokenizer | None = None) -> Source:
@@ -83,40 +84,62 @@ def _download(name: str) -> Path:
         raise InputError(f"{name!r} is no path, and can't be had from the Hugging Face hub ({reason})") from None
 
 
-def load_params(source: Source, dtype: str | None = None) -> tuple[Config, model.Params]:
-    """The parameters on the first device, in the dtype (None: as the config says), and the config with it.
+def load_params(source: Source, dtype: str | None = None, placed: Any = None) -> tuple[Config, model.Params]:
+    """The parameters in the dtype (None: as the config says), and the config with it.
+
+    Args:
+        placed: their tree, of the shardings to lie on; None: on the first device. Of a file, what no device of this
+            process is to hold is not read, but of quantized tensors.
 
     Raises:
         InputError: a tensor has another shape than its config makes, or a dtype that is not known here.
     """
     config = in_dtype(source.config, dtype)
-    if source.params is not None:
-        return config, jax.tree.map(lambda leaf: leaf.astype(config.model.param_dtype), source.params)
-    params: model.Params = {}
-    shapes, stored = param_shapes(config.model), jnp.dtype(config.model.param_dtype)
+    if source.restore is not None:
+        return config, jax.tree.map(lambda leaf: leaf.astype(config.model.param_dtype), source.restore(placed))
+    shapes = model.param_shapes(config.model)
+    if placed is None:
+        placed = jax.tree.map(lambda leaf: jnp.zeros(()).sharding, shapes)
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     try:
-        with byte_bar(sum(map(math.prod, shapes.values())) * stored.itemsize, "reading the model") as bar:
-            for path, array in fill(shapes, source.part, stored):
-                *parents, name = path.split("/")
-                tree = params
-                for parent in parents:
-                    tree = tree.setdefault(parent, {})
-                tree[name] = jnp.asarray(array)
-                bar.update(array.nbytes)
+        with byte_bar(num_bytes, "reading the model") as bar:
+
+            def read(path: Any, leaf: jax.ShapeDtypeStruct, at: jax.sharding.Sharding) -> jax.Array:
+                array = _read(_name(path), source.part, leaf, at)
+                bar.update(math.prod(leaf.shape) * leaf.dtype.itemsize)
+                return array
+
+            return config, jax.tree_util.tree_map_with_path(read, shapes, placed)
     except InputError as error:
         raise InputError(f"{source.name}: {error}") from None
-    return config, params
+
+
+def _read(path: str, part: Part, leaf: jax.ShapeDtypeStruct, at: jax.sharding.Sharding) -> jax.Array:
+    """A parameter on the devices: each slice is read once, whatever the number of devices that hold it."""
+    of_device = {
+        device: tuple(range(*each.indices(size)) for each, size in zip(index, leaf.shape, strict=True))
+        for device, index in at.addressable_devices_indices_map(leaf.shape).items()
+    }
+    slices = list(dict.fromkeys(of_device.values()))
+    read = dict(zip(slices, read_slices(path, part, leaf.dtype, slices), strict=True))
+    arrays = [jax.device_put(read[axes], device) for device, axes in of_device.items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, at, arrays)
+
+
+def _name(path: Any) -> str:
+    return "/".join(entry.key for entry in path)
 
 
 def param_shapes(cfg: model.ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter, by its path: "blocks/attn/q"."""
     leaves = jax.tree_util.tree_leaves_with_path(model.param_shapes(cfg))
-    return {"/".join(entry.key for entry in path): leaf.shape for path, leaf in leaves}
+    return {_name(path): leaf.shape for path, leaf in leaves}
 
 
 def _open_run(workdir: str, step: int | str, tokenizer: Tokenizer | None) -> Source:
-    cfg, params, own = run_folder.load_run(workdir, step=step)
-    return Source(workdir, cfg, tokenizer or own, part_of(params), params)
+    cfg, own, restore = run_folder.open_run(workdir, step=step)
+    whole = functools.cache(lambda: restore(None))
+    return Source(workdir, cfg, tokenizer or own, lambda path, place: part_of(whole())(path, place), restore)
 
 
 def part_of(params: model.Params) -> Part:

@@ -2,7 +2,9 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -39,8 +41,11 @@ def read_run(workdir: str | Path) -> tuple[Config, Tokenizer]:
     return read_config(workdir), load_tokenizer(Path(workdir) / "tokenizer.json")
 
 
-def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, model.Params, Tokenizer]:
-    """Config, parameters on the first device, and tokenizer of a run.
+Restore = Callable[[Any], model.Params]  # takes the shardings to lie on, in their tree; None: the first device
+
+
+def open_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, Tokenizer, Restore]:
+    """Config and tokenizer of a run, and what reads its parameters.
 
     Args:
         step: "best" (by val_loss) | "last" | a number.
@@ -55,16 +60,21 @@ def load_run(workdir: str | Path, *, step: int | str = "best") -> tuple[Config, 
         )
     if not folder.is_dir():
         raise InputError(f"run {str(workdir)!r} has no checkpoint yet; let it reach its first one (train.save_every)")
-    device = SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        model.param_shapes(cfg.model),
-    )
     with checkpoint.open_checkpoints(folder, create=False) as manager:
         picked = checkpoint.pick_step(manager, step)
         name = "ema" if checkpoint.holds(manager, picked, "ema") else "params"  # a run's average, if it kept one
-        restored = checkpoint.restore(manager, picked, {name: like})
-    return cfg, restored[name], tokenizer
+
+    def restore(placed: Any) -> model.Params:
+        shapes = model.param_shapes(cfg.model)
+        if placed is None:
+            placed = jax.tree.map(lambda leaf: SingleDeviceSharding(jax.local_devices()[0]), shapes)
+        like = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed
+        )
+        with checkpoint.open_checkpoints(folder, create=False) as manager:
+            return checkpoint.restore(manager, picked, {name: like})[name]
+
+    return cfg, tokenizer, restore
 
 
 def make_folder(workdir: str | Path) -> Path:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from llm_jax import checkpoint, run_folder
 from llm_jax.config import Config
 from llm_jax.config_rules import split_runs
+from llm_jax.distributed import PeerLost
 from llm_jax.errors import InputError
 from llm_jax.progress import say
 from llm_jax.tokenizers import Tokenizer
@@ -37,9 +38,13 @@ class Runs:
 
     def all_from(self, params: Any, placed: Any) -> Any:
         """The state's parameters where every run starts from these, where they are to lie."""
-        if self.stacked:
-            params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self), *leaf.shape)), params)
-        return jax.device_put(params, placed)
+        if not self.stacked:
+            return params
+
+        def repeated(params: Any) -> Any:
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self), *leaf.shape)), params)
+
+        return jax.jit(repeated, out_shardings=placed)(params)
 
     def part(self, tree: Any, n: int) -> Any:
         """Run n's part of a tree of the state."""
@@ -60,7 +65,11 @@ class Runs:
                 stack.enter_context(checkpoint.open_checkpoints(folder / "checkpoints", keep=keep))
                 for folder in self.folders
             ]
-            yield
+            try:
+                yield
+            except PeerLost:
+                stack.pop_all()  # closing would wait for the one that is gone
+                raise
 
     def last_step(self) -> int | None:
         """The last step that all runs have saved, None before the first; checkpoints after it are removed."""

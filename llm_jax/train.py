@@ -65,6 +65,7 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+@hosts.noticing_loss()
 def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageModel:
     """Trains, or continues, the run in `workdir`, and returns the model with its last parameters.
 
@@ -73,7 +74,8 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     and the one with the lowest validation loss is returned.
 
     Several processes of jax.distributed train as one: all call this, with the same config and a workdir that all of
-    them see; the first writes what a run has once, all write the checkpoints, and each returns the model.
+    them see; the first writes what a run has once, all write the checkpoints, and each returns the model. One that
+    is too large for a single device is returned as it lies on all of them.
 
     The device memory of the model that an earlier call returned is freed: that model moves to the host's, and goes
     on working, but arrays that were taken from its `params` before are deleted.
@@ -87,11 +89,6 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         Stopped: by SIGINT or SIGTERM, to this process or another of the run, after saving.
         PeerLost: another process of the run is gone; the same call in all of them goes on from the last checkpoint.
     """
-    with hosts.noticing_loss():
-        return _fit(config, workdir)
-
-
-def _fit(config: ConfigDict | str | Path, workdir: str | Path) -> LanguageModel:
     _free_last_model()
     workdir = Path(os.path.expanduser(workdir))
     cfg = freeze(config if isinstance(config, ConfigDict) else load_file(str(config)))
@@ -132,6 +129,7 @@ def _fit(config: ConfigDict | str | Path, workdir: str | Path) -> LanguageModel:
             runs.write(tokenizer)
         hosts.check_shared(workdir)
         stack.enter_context(runs.open_checkpoints())
+        stack.enter_context(hosts.noticing_loss())
         saved_step = runs.last_step()
         first_step = saved_step or 0
         if first_step < cfg.train.num_steps:
@@ -139,7 +137,8 @@ def _fit(config: ConfigDict | str | Path, workdir: str | Path) -> LanguageModel:
         if saved_step is None:
             state = programs.init()
             if start.source is not None:
-                state = state._replace(params=runs.all_from(start.params(), programs.placed.params))
+                placed = programs.placed.params
+                state = state._replace(params=runs.all_from(start.params(placed), placed))
         else:
             state = runs.restore(saved_step, jax.eval_shape(programs.init), programs.placed)
         is_done = any("val_loss_full" in line for line in read_metrics(workdir))
@@ -150,8 +149,9 @@ def _fit(config: ConfigDict | str | Path, workdir: str | Path) -> LanguageModel:
         else:
             say(f"already trained for {first_step} steps; a larger train.num_steps continues it")
     best = hosts.agree(_best_run(runs, workdir))
-    params = hosts.everywhere(runs.part(state.eval_params, best), mesh)
-    return _remember(LanguageModel(runs.configs[best], params, tokenizer))
+    params = runs.part(state.eval_params, best)
+    whole = hosts.everywhere(params, mesh)
+    return _remember(LanguageModel(runs.configs[best], params if whole is None else whole, tokenizer))
 
 
 def _compile_ahead(programs: Programs, batches: "_Batches", stack: contextlib.ExitStack) -> Programs:
@@ -428,6 +428,9 @@ class _Loop:
     def _print_sample(self, state: train_step.TrainState, n: int) -> None:
         run = self._runs.configs[n]
         params = hosts.everywhere(self._runs.part(state.eval_params, n), self._mesh)
+        if params is None:
+            say("no sample: one device has no room for the whole model")
+            return
         if not hosts.is_first():
             return
         language_model = LanguageModel(run, params, self._tokenizer)
@@ -517,5 +520,7 @@ def _free_last_model() -> None:
     """Moves the parameters that the last `fit` returned to host memory, if they are still in use."""
     last = _last_model and _last_model()
     if last is not None:
+        if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(last.params) if isinstance(leaf, jax.Array)):
+            return  # of several processes, and too large for one
         on_device, last.params = last.params, jax.device_get(last.params)
         jax.tree.map(lambda leaf: isinstance(leaf, jax.Array) and leaf.delete(), on_device)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -19,20 +20,22 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts them
 REPAIR = "repair it, or get it again"
-READABLE = ("F32", "F16", "BF16")
+READABLE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Constants that older versions of transformers saved with the weights.
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
 class Safetensors:
-    """The tensors of a folder's safetensors file, or files where there is an index; each is read when asked for."""
+    """The tensors of a folder's safetensors file, or files where there is an index; each is read when it is used."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}  # by the tensor's name
+        self._bytes: dict[str, np.ndarray] = {}
         for name in self._file_names(folder):
             try:
                 file = safetensors.safe_open(folder / name, framework="numpy")
                 names = list(file.keys())
+                self._bytes |= _map(folder / name)
             except (safetensors.SafetensorError, OSError) as error:
                 raise InputError(f"{folder / name} can't be opened as safetensors ({_one_line(error)})") from None
             for tensor in names:
@@ -48,15 +51,11 @@ class Safetensors:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """Raises InputError for a tensor that is no float of 16 or 32 bits."""
-        file = self._files[name]
-        try:
-            dtype = file.get_slice(name).get_dtype()
-            if dtype not in READABLE:
-                raise InputError(f"tensor {name} has dtype {dtype}; known are {', '.join(READABLE)}")
-            return file.get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise InputError(f"tensor {name} can't be read ({_one_line(error)})") from None
+        """A view of the file, not to be written to. Raises InputError for one that is no float of 16 or 32 bits."""
+        dtype = self._files[name].get_slice(name).get_dtype()
+        if dtype not in READABLE:
+            raise InputError(f"tensor {name} has dtype {dtype}; known are {', '.join(READABLE)}")
+        return self._bytes[name].view(READABLE[dtype]).reshape(self.shape(name))
 
     @staticmethod
     def _file_names(folder: Path) -> list[str]:
@@ -74,6 +73,15 @@ class Safetensors:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(f"{folder / INDEX} names {name!r}, which is no safetensors file of the folder")
         return names
+
+
+def _map(path: Path) -> dict[str, np.ndarray]:
+    """The bytes of each tensor in the file, whose header the library has checked: its length, JSON, then tensors."""
+    raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(bytes(raw[8:start]))
+    offsets = {name: info["data_offsets"] for name, info in header.items() if name != "__metadata__"}
+    return {name: raw[start + begin : start + end] for name, (begin, end) in offsets.items()}
 
 
 def find_tensors(family: Family, groups: Sequence[Sequence[Tensor]], names: set[str]) -> dict[str, str]:

@@ -138,13 +138,23 @@ def parts(groups: Iterable[list[Tensor]], read: Callable[[str], np.ndarray]) -> 
     return part
 
 
-def fill(shapes: Shapes, part: Part, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, parameter) of each, all layers in one array, in the dtype."""
-    for path, shape in shapes.items():
-        parameter = np.empty(shape, dtype)
-        for place in [(layer,) for layer in range(shape[0])] if path.startswith("blocks/") else [()]:
-            parameter[place] = part(path, place)
-        yield path, parameter
+def read_slices(path: str, part: Part, dtype: np.dtype, slices: Sequence[tuple[range, ...]]) -> list[np.ndarray]:
+    """The slices of a parameter, each by a range of every axis, in the dtype; all layers are in one array."""
+    read = [np.empty([len(each) for each in axes], dtype) for axes in slices]
+    stacked = path.startswith("blocks/")
+    for layer in sorted({layer for axes in slices for layer in axes[0]}) if stacked else [None]:
+        whole = part(path, () if layer is None else (layer,))
+        for array, axes in zip(read, slices, strict=True):
+            inner = axes[1:] if stacked else axes
+            if not stacked:
+                array[...] = whole[_slices(inner)]
+            elif layer in axes[0]:
+                array[layer - axes[0].start] = whole[_slices(inner)]
+    return read
+
+
+def _slices(axes: Sequence[range]) -> tuple[slice, ...]:
+    return tuple(slice(each.start, each.stop) for each in axes)
 
 
 def join(groups: Iterable[list[Tensor]], part: Part, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
