@@ -105,6 +105,9 @@ class Runs:
     def save(self, step: int, state: TrainState, val_losses: Sequence[float | None]) -> None:
         for n, manager in enumerate(self._managers):
             checkpoint.save(manager, step, _saved(self.part(state, n)), val_loss=val_losses[n])
+            if self.stacked and jax.process_count() > 1:
+                # Orbax numbers what processes wait for in the order of its threads, which is theirs alone.
+                manager.wait_until_finished()
 
     def wait_until_saved(self) -> None:
         for manager in self._managers:
