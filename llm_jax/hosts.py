@@ -21,8 +21,6 @@ from llm_jax.errors import InputError
 
 # What errors say when another process does not answer: Gloo's, NCCL's, and the coordination service's.
 LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|heartbeat|coordination|UNAVAILABLE|DEADLINE", re.I)
-
-VOTES_BEHIND = 2
 SPARE = 0.2  # of the parameters' size: for what a model that generates holds besides
 SEEN_SECONDS = 30  # until a file that one machine wrote is seen by others: network file systems remember a while
 
@@ -119,11 +117,11 @@ def everywhere(tree: Any, mesh: Mesh) -> Any | None:
 class Votes:
     """A number that each process may change, and the largest of them, which all learn at the same call.
 
-    It is the largest of VOTES_BEHIND calls ago: nobody waits for it.
+    It is the largest of `behind` calls ago: nobody waits for it.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._count = mesh.size
+    def __init__(self, mesh: Mesh, *, behind: int) -> None:
+        self._count, self._behind = mesh.size, behind
         self._at = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._largest = jax.jit(lambda votes: votes.max(), out_shardings=sharding.replicated(mesh))
         self._cast: deque[jax.Array] = deque()
@@ -133,7 +131,7 @@ class Votes:
             return number
         vote = np.full(1, number, np.int32)
         self._cast.append(self._largest(jax.make_array_from_callback((self._count,), self._at, lambda index: vote)))
-        return int(self._cast.popleft()) if len(self._cast) > VOTES_BEHIND else 0
+        return int(self._cast.popleft()) if len(self._cast) > self._behind else 0
 
 
 @contextlib.contextmanager

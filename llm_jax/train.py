@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from llm_jax import data, hosts, init_from, model, run_folder, sharding, train_step
 from llm_jax.auto_fit import choose_micro_batch
 from llm_jax.cache import cache_folder, keep_compiled_programs
-from llm_jax.config import Config, DataConfig, as_dict
+from llm_jax.config import Config, as_dict
 from llm_jax.config_file import load_file
 from llm_jax.config_rules import freeze
 from llm_jax.corpus import Corpus, prepare
@@ -34,13 +34,13 @@ from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics
 from llm_jax.runs import Runs
 from llm_jax.tokenizers import Tokenizer
 
+# Data is the same by data.content_hash, and the tokenizer by its own.
+SAME_BY_CONTENT = frozenset("data.source data.path data.tokenizer data.cache_dir".split())
 # A continued run may change how far it goes, when it looks, and how the same numbers are computed: nothing else.
-MAY_DIFFER = frozenset(
+MAY_DIFFER = SAME_BY_CONTENT | frozenset(
     "train.num_steps train.eval_every train.save_every train.log_every train.sample_every train.keep_checkpoints "
     "train.profile_steps train.accumulation_steps train.micro_batch "
-    "model.attention model.layer_execution model.remat "
-    # Data is the same by data.content_hash, and the tokenizer by its own.
-    "data.source data.path data.tokenizer data.cache_dir".split()
+    "model.attention model.layer_execution model.remat".split()
     + [f"mesh.{axis}" for axis in sharding.AXES]
 )
 DECIDED_BY_CORPUS = frozenset({"model.vocab_size", "data.content_hash"})
@@ -98,7 +98,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     cfg = start.config
     check_trainable(cfg, mesh)
     _check_same_run(workdir, cfg, None)  # what is known before the corpus is read
-    hosts.check_same({"config": str(dataclasses.replace(cfg, data=DataConfig()))})  # data may lie elsewhere there
+    hosts.check_same({key: str(value) for key, value in _flat(cfg).items() if key not in SAME_BY_CONTENT})
     corpus = prepare(cfg.data, start.tokenizer)
     cfg = _resolve(cfg, corpus)
     sharding.check_model(cfg.model, cfg.seq_len, mesh)  # of a vocabulary that is known now
@@ -215,15 +215,16 @@ def _resolve(cfg: Config, corpus: Corpus) -> Config:
     )
 
 
+def _flat(cfg: Config) -> dict[str, Any]:
+    return {f"{group}.{name}": value for group, values in as_dict(cfg).items() for name, value in values.items()}
+
+
 def _check_same_run(workdir: Path, cfg: Config, tokenizer: Tokenizer | None) -> None:
     """Raises InputError if the folder holds another run; without a tokenizer, by what the corpus does not decide."""
     if not (workdir / "config.json").exists():
         return
     recorded, recorded_tokenizer = run_folder.read_run(workdir)
-    old, new = (
-        {f"{group}.{name}": value for group, values in as_dict(c).items() for name, value in values.items()}
-        for c in (recorded, cfg)
-    )
+    old, new = _flat(recorded), _flat(cfg)
     drawn_by = {"train.accumulation_steps", "train.micro_batch"} if cfg.model.dropout else set()  # a mask for each
     may_differ = MAY_DIFFER - drawn_by
     if tokenizer is None:
@@ -477,7 +478,7 @@ class _Stop:
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.signum, self.seconds = 0, -math.inf
-        self._votes = hosts.Votes(mesh)
+        self._votes = hosts.Votes(mesh, behind=IN_FLIGHT)
 
     def agreed(self) -> int:
         """The signal to stop for, in all processes at the same call; 0: none."""

@@ -83,7 +83,7 @@ def test_flags_say_what_no_launcher_does():
         ({}, dict(coordinator="a:1", num_processes=2), "--process_id is missing"),
         ({}, dict(coordinator="a:1"), "needs --num_processes and --process_id"),
         ({}, dict(coordinator="10.0.0.1", num_processes=2, process_id=0), "must be HOST:PORT"),
-        ({}, dict(coordinator="a:1", num_processes=2, process_id=2), r"--process_id \(2\) must be from 0 to .* \(1\)"),
+        ({}, dict(coordinator="a:1", num_processes=2, process_id=2), r"--process_id \(2\) must be from 0 to .*\(1\)"),
         (SLURM, dict(num_processes=2), r"--num_processes \(2\): the launcher of this process tells it"),
         (OPEN_MPI_5, {}, "Open MPI does not tell where process 0 is; give --coordinator"),
     ],
@@ -306,8 +306,14 @@ def test_two_processes_start_from_a_models_weights_as_one_does(launch, source, t
 @pytest.mark.parametrize(
     "own_flags, message",
     [
-        (lambda n: [f"--config.optim.peak_lr={1e-3 * (n + 1)}"], "process 1 has another config than process 0"),
-        (lambda n: [f"--config.data.val_fraction={0.1 * (n + 1)}"], "process 1 has another config than process 0"),
+        (
+            lambda n: [f"--config.optim.peak_lr={1e-3 * (n + 1)}"],
+            "process 1 has another optim.peak_lr than process 0",
+        ),
+        (
+            lambda n: [f"--config.data.val_fraction={0.1 * (n + 1)}"],
+            "process 1 has another data.val_fraction than process 0",
+        ),
         (lambda n: [f"--workdir=run_of_{n}"], "of process 1 is not that of process 0"),
     ],
 )
