@@ -151,3 +151,19 @@ def test_too_few_tokens_for_a_context():
     with pytest.raises(InputError, match="1 tokens.* larger data.val_fraction"):
         eval_batches(np.arange(1), block_size=8, batch_size=1)
     eval_batches(np.arange(2), block_size=8, batch_size=1)
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [2], [0, 3]])
+def test_rows_of_a_batch_are_those_of_the_whole_batch(rows):
+    """What each of several processes reads: together all, and none twice."""
+    shape = dict(block_size=10, batch_size=4)
+    for make in (
+        lambda **of: train_batches(TOKENS, **shape, seed=0, **of),
+        lambda **of: eval_batches(TOKENS, **shape, **of),
+    ):
+        whole, part = make(), make(rows=rows)
+        assert len(whole) == len(part)
+        last = min(len(whole), 60) - 1  # of the evaluation's it is filled up
+        for step in (0, 1, last):
+            for all_rows, own_rows in zip(whole[step], part[step], strict=True):
+                np.testing.assert_array_equal(own_rows, all_rows[rows])
