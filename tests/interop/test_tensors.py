@@ -6,7 +6,7 @@ from llm_jax.interop import tensors
 
 
 def test_slices_read_nothing_else():
-    """Of a parameter that is split over devices of several processes, each takes from the file what its devices hold."""
+    """Of a parameter split over devices of several processes, each takes from the file what its devices hold."""
     stacked = np.arange(3 * 4 * 6, dtype=np.float32).reshape(3, 4, 6)
     read = []
 
