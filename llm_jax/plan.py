@@ -18,7 +18,7 @@ from llm_jax.errors import InputError
 from llm_jax.progress import say
 
 if TYPE_CHECKING:  # it imports jax
-    from llm_jax.planning import Plan
+    from llm_jax.planning import Plan, Temporary
 
 _CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/llama3_8b.py.")
 _CHANGES = absl_flags.DEFINE_multi_string(
@@ -59,16 +59,16 @@ def main() -> None:
 def _report(name: str, count: int, plan: "Plan") -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
     lines = [f"{name}: {count} devices, mesh {mesh}; compiled in {plan.compile_seconds:.0f} s", "", "GiB on a device"]
-    modules = ", ".join(f"{module} {size / GIB:.2f}" for module, size in plan.params.items())
+    modules = ", ".join(f"{module} {_gib(size)}" for module, size in plan.params.items())
     lines += [
-        f"  parameters  {sum(plan.params.values()) / GIB:8.2f}   {modules}",
-        f"  optimizer   {plan.optimizer / GIB:8.2f}",
-        f"  temporary   {plan.temporary / GIB:8.2f}   activations, gradients, gathered weights",
+        f"  parameters  {_gib(sum(plan.params.values())):>8}   {modules}",
+        f"  optimizer   {_gib(plan.optimizer):>8}",
+        f"  temporary   {_gib(plan.temporary):>8}   activations, gradients, gathered weights",
     ]
     verdict = ""
     if plan.memory is not None:
         verdict = f"   {'fits' if plan.fits else 'DOES NOT FIT'} in {plan.memory / GIB:.1f}"
-    lines += [f"  peak        {plan.peak / GIB:8.2f}{verdict}", "", "A step on a device"]
+    lines += [f"  peak        {_gib(plan.peak):>8}{verdict}", *_held(plan.held), "", "A step on a device"]
     lines += [f"  {plan.flops / 1e12:.4g} TFLOP, of the model {plan.model_flops / 1e12:.4g}"]
     lines += [f"  {plan.traffic / 1e9:.4g} GB of memory traffic (an estimate)"]
     for kind, (times, sent) in plan.collectives.items():
@@ -84,6 +84,21 @@ def _report(name: str, count: int, plan: "Plan") -> str:
         ]
     lines += [f"warning: {each}" for each in plan.warnings]
     return "\n".join(lines)
+
+
+def _held(held: "Temporary") -> list[str]:
+    lines = ["", f"Where the temporary memory goes: {_gib(held.bytes)} GiB, an estimate by when arrays are needed"]
+    lines += ["  " + ", ".join(f"{module} {_gib(size)}" for module, size in held.by_module.items())]
+    return lines + [f"  {_gib(size):>8} {shape} {_short(name)}" for size, shape, name in held.largest]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size >= GIB / 10 else f"{size / GIB:.2g}"
+
+
+def _short(op_name: str) -> str:
+    """The end of an operation's name, which is long where it is in several loops."""
+    return op_name if len(op_name) <= 60 else "..." + op_name[-60:]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import data, hlo_cost, model, ops, programs, sharding
+from llm_jax import data, hlo, hlo_cost, hlo_memory, model, ops, programs, sharding
 from llm_jax.chips import Topology
 from llm_jax.config import Config
 from llm_jax.config_rules import split_runs
@@ -18,6 +18,7 @@ from llm_jax.errors import InputError
 from llm_jax.hlo import Instruction
 
 MODULES = ("embed", "attn", "mlp", "moe", "lm_head", "optimizer")
+LAYERS = "Transformer.hidden"  # the scope of what goes through all layers, or is kept of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,18 @@ class Limit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Temporary:
+    """What the temporary memory holds when it holds most, by the live ranges in the program's text: an estimate."""
+
+    by_module: dict[str, float]  # bytes, the most first
+    largest: tuple[tuple[float, str, str], ...]  # arrays: bytes, dtype and shape, the operation that writes it
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.by_module.values())
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Of one chip, for one step; bytes unless another unit is named."""
 
@@ -42,6 +55,7 @@ class Plan:
     params: dict[str, int]  # by module
     optimizer: int
     temporary: int
+    held: Temporary
     peak: int
     memory: float | None  # what a chip has
     flops: float
@@ -108,8 +122,9 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
             "it further (mesh.fsdp), set model.remat=block, or raise train.accumulation_steps"
         ) from None
     seconds = time.monotonic() - began
+    program = hlo.parse(compiled.as_text())
     cost = hlo_cost.analyse(
-        compiled.as_text(),
+        program,
         custom_call_flops=_Kernels(cfg),
         module_of=lambda name: hlo_cost.module_name(name, MODULES),
     )
@@ -131,6 +146,7 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
         params=_by_module(state.params),
         optimizer=sum(map(_bytes, jax.tree.leaves((state.opt_state, state.ema)))),
         temporary=compiled.memory_analysis().temp_size_in_bytes,
+        held=temporary(program),
         peak=peak_bytes(compiled),
         memory=None if chip is None else chip.memory_bytes,
         flops=cost.flops,
@@ -164,6 +180,19 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
+    )
+
+
+def temporary(program: hlo.Program, count: int = 5) -> Temporary:
+    """What lies in the temporary memory, and the `count` largest arrays in it."""
+    arrays = hlo_memory.at_peak(program)
+    by_module: Counter[str] = Counter()
+    for array in arrays:
+        module = hlo_cost.module_name(array.op_name, (*MODULES, LAYERS))
+        by_module["all layers" if module == LAYERS else module] += array.bytes
+    return Temporary(
+        dict(by_module.most_common()),
+        tuple((array.bytes, array.shape, array.op_name) for array in arrays[:count]),
     )
 
 

@@ -10,7 +10,7 @@ PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
     {"files", "chat", "progress", "sampling_rules", "sentencepiece", "hlo"},
-    {"ops", "config", "tokenizers", "cache", "hlo_cost"},
+    {"ops", "config", "tokenizers", "cache", "hlo_cost", "hlo_memory"},
     {"sharding", "chips", "cpu", "config_file", "config_rules", "documents", "continuation"},
     {"parallel"},
     {"layers"},
@@ -31,7 +31,7 @@ ROWS = [
 ]
 COMMANDS = ROWS[-1]
 NUMPY_ONLY = set(
-    "documents corpus data tokenizers interop config config_file config_rules hlo hlo_cost".split()
+    "documents corpus data tokenizers interop config config_file config_rules hlo hlo_cost hlo_memory".split()
 )
 FILES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 

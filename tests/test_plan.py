@@ -48,6 +48,14 @@ def test_a_device_holds_its_part():
     assert whole.bound is whole.mfu is whole.fits is None  # of CPUs no rate is known
 
 
+def test_where_the_temporary_memory_goes():
+    held = plan(dict(data=1, fsdp=8), remat="block").held
+    more = plan(dict(data=1, fsdp=8), layer_execution="scan").held
+    assert {"attn", "mlp", "lm_head", "all layers"} <= set(held.by_module)
+    assert more.by_module["all layers"] > 2 * held.by_module["all layers"]  # all that the gradient needs, or inputs
+    assert held.largest == tuple(sorted(held.largest, reverse=True, key=lambda array: array[0]))
+
+
 def test_what_bounds_a_step():
     chip = chips.Chip(flops=1e9, memory_bytes=1e12, memory_bandwidth=1e15, link_bandwidth=1e15)
     made = plan(dict(data=1, fsdp=8), chip)
