@@ -2,10 +2,8 @@
 
 XLA's own `cost_analysis` counts the body of a loop once and a kernel not at all.
 
-Flops are those of matrix products and convolutions, exactly, and of kernels, by the caller's formula. Bytes are an
-estimate: each instruction reads its operands from memory and writes its result there once, an instruction fused
-into another moves nothing, a slice moves itself and not what it is cut from, and what lies in a TPU's VMEM is not in
-memory. What a cache keeps, and what a kernel reads twice, is not seen.
+Flops are those of matrix products and convolutions, exactly, and of kernels, by the caller's formula. Bytes are
+`hlo_traffic`'s estimate.
 """
 
 import dataclasses
@@ -15,9 +13,16 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from llm_jax import hlo
-from llm_jax.hlo import Computation, Instruction, Program, Shape
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+from llm_jax.hlo import Computation, Instruction, Program
+from llm_jax.hlo_traffic import (
+    BEGINS_COLLECTIVE,
+    COLLECTIVES,
+    MOVES_NOTHING,
+    Traffic,
+    goes_on_elsewhere,
+    is_free_call,
+    target,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,17 @@ class Loop:
     turns: int | None  # None: they could not be told, and were counted as one
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An instruction that is executed, with all that is fused into it; of all its times together."""
+
+    instruction: Instruction
+    flops: float
+    bytes: float
+    sent: float  # to the next device, while no other instruction is executed
+    in_background: bool  # a copy or an exchange that goes on while others are executed
+
+
 @dataclasses.dataclass
 class Cost:
     """Of one device, for one execution of the program."""
@@ -61,6 +77,7 @@ class Cost:
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     custom_calls: list[CustomCall] = dataclasses.field(default_factory=list)
     loops: list[Loop] = dataclasses.field(default_factory=list)
+    steps: list[Step] = dataclasses.field(default_factory=list)
 
     @property
     def flops(self) -> float:
@@ -80,7 +97,7 @@ class Cost:
             self.flops_of[module] = self.flops_of.get(module, 0.0) + flops
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
-        for field in ("collectives", "custom_calls", "loops"):
+        for field in ("collectives", "custom_calls", "loops", "steps"):
             getattr(self, field).extend(getattr(other, field))
 
 
@@ -223,134 +240,6 @@ def _meetings(size: int, window: int, out: int, stride: int, pad: int, dilation:
     return total
 
 
-# --- Bytes ------------------------------------------------------------------------------------------
-
-HBM = 0  # the memory space
-_MOVES_NOTHING = (
-    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id domain"
-).split()
-_BEGINS_COLLECTIVE = "AsyncCollectiveStart"
-# Of a TPU: names for what lies there already.
-_FREE_CALLS = "AllocateBuffer ConcatBitcast AssumeGatherIndicesInBound Sharding AsyncCollectiveDone".split()
-# An element of the result is one of the operand: who takes a slice of it has taken a slice of the operand.
-_ELEMENTWISE = "bitcast convert copy reshape transpose".split()
-
-
-def _in_hbm(shapes: Sequence[Shape]) -> float:
-    return sum(shape.padded_size * shape.itemsize for shape in shapes if shape.memory_space == HBM)
-
-
-def _target(instruction: Instruction) -> str:
-    """Of a custom call the name of its kernel; of others nothing."""
-    return (instruction.attribute("custom_call_target") or "").strip('",')
-
-
-def _is_free_call(instruction: Instruction) -> bool:
-    return _target(instruction) in _FREE_CALLS
-
-
-class _Memory:
-    """What instructions of a program read and write."""
-
-    def __init__(self, program: Program):
-        self._program = program
-
-    def read(self, instruction: Instruction, done: Instruction) -> float:
-        """`done` has the result: the other of an asynchronous pair, or the instruction itself."""
-        total = 0.0
-        for operand in dict.fromkeys(instruction.operands):
-            if len(operand.shapes) == 1 and operand.shapes[0].memory_space == HBM:
-                (shape,) = operand.shapes
-                places = [i for i, each in enumerate(instruction.operands) if each is operand]
-                elements = sum(self._elements(instruction, i, done) for i in places)
-                total += min(elements, shape.padded_size) * shape.itemsize
-        return total
-
-    def _elements(self, instruction: Instruction, place: int, done: Instruction | None = None) -> float:
-        """That an instruction reads of one of its operands."""
-        operand, opcode = instruction.operands[place], instruction.opcode.removesuffix("-start")
-        whole = sum(shape.padded_size for shape in operand.shapes)
-        if opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-            return (done or instruction).shapes[0].padded_size
-        if opcode == "dynamic-update-slice" and place == 0:
-            return 0
-        if opcode == "scatter" and place == 0 and len(instruction.operands) == 3:
-            return instruction.operands[2].shapes[0].padded_size
-        if opcode == "fusion":
-            (inner,) = self._program.all_called(instruction, "calls")
-            return min(self._taken(inner, inner.parameters()[place]), whole)
-        return whole
-
-    def _taken(self, inner: Computation, source: Instruction) -> float:
-        """Elements of `source`, in a fusion, that its other instructions take."""
-        total = 0.0
-        for user in inner.users.get(source, []):
-            if user.opcode in _ELEMENTWISE and user is not inner.root:
-                total += self._taken(inner, user)
-            elif user.opcode == "tuple" or _is_free_call(user) or _goes_on_elsewhere(user, inner):
-                continue  # handed on
-            elif user.opcode == "dynamic-update-slice" and not self._is_in_place(inner, user):
-                total += source.shapes[0].padded_size
-            else:
-                total += sum(self._elements(user, i) for i, each in enumerate(user.operands) if each is source)
-        return total
-
-    def _is_in_place(self, inner: Computation, update: Instruction) -> bool:
-        """What a fusion updates is its result, and so lies where its operand did."""
-        users = inner.users.get(update, [])
-        return update is inner.root or all(
-            user.opcode == "tuple" or (user.opcode == "bitcast" and self._is_in_place(inner, user)) for user in users
-        )
-
-    def written(self, instruction: Instruction, done: Instruction) -> float:
-        opcode = instruction.opcode.removesuffix("-start")
-        if opcode == "fusion":
-            (inner,) = self._program.all_called(instruction, "calls")
-            return self._result(inner.root, inner)
-        if opcode in ("dynamic-update-slice", "scatter"):
-            return self._changed(instruction, done)
-        return _in_hbm(done.shapes)
-
-    def _result(self, part: Instruction, inner: Computation) -> float:
-        """That a fusion writes for its result, or a part of it."""
-        if part.opcode == "tuple":
-            return sum(self._result(each, inner) for each in dict.fromkeys(part.operands))
-        if part.opcode == "parameter" or _is_free_call(part) or _goes_on_elsewhere(part, inner):
-            return 0.0
-        if _target(part) == _BEGINS_COLLECTIVE:  # its result is a tuple: operand, result, semaphores
-            return _in_hbm(part.shapes[1:2])
-        source = _through_bitcasts(part)
-        if source.opcode in ("dynamic-update-slice", "scatter"):
-            is_buffer = _through_bitcasts(source.operands[0]).opcode == "parameter"
-            return self._changed(source, part) if is_buffer else _in_hbm(part.shapes)
-        if source.opcode == "fusion":
-            return self.written(source, part)
-        return _in_hbm(part.shapes)
-
-    def _changed(self, update: Instruction, result: Instruction) -> float:
-        """An update in place is written where it lands, and the rest of the buffer stays as it is."""
-        shape = result.shapes[0]
-        new = update.operands[1 if update.opcode == "dynamic-update-slice" else -1].shapes[0]
-        return new.padded_size * shape.itemsize if shape.memory_space == HBM else 0.0
-
-
-def _through_bitcasts(part: Instruction) -> Instruction:
-    while part.opcode == "bitcast":
-        part = part.operands[0]
-    return part
-
-
-def _goes_on_elsewhere(instruction: Instruction, inner: Computation) -> bool:
-    """It is a collective that another fusion has begun.
-
-    A TPU exchanges while it computes: one fusion begins an all-gather, others compute beside it, the last waits for
-    its end, and it stands in all of them. Those that did not begin it are given its semaphores.
-    """
-    return instruction.opcode in COLLECTIVES and any(
-        shape.memory_space == 2 for parameter in inner.parameters() for shape in parameter.shapes
-    )
-
-
 # --- Collectives ------------------------------------------------------------------------------------
 
 
@@ -406,7 +295,7 @@ class _Walk:
         module_of: Callable[[str], str],
     ):
         self.cost = Cost()
-        self._program, self._memory = program, _Memory(program)
+        self._program, self._memory = program, Traffic(program)
         self._custom_call_flops, self._turns, self._module_of = custom_call_flops, turns, module_of
 
     def computation(self, computation: Computation, parameters: tuple[hlo.Value, ...], times: float) -> None:
@@ -420,10 +309,13 @@ class _Walk:
                 self._branches(instruction, values, times)
             elif opcode in ("call", "async-start"):
                 (inner,) = self._program.all_called(instruction, "to_apply" if opcode == "call" else "calls")
+                before = len(self.cost.steps)
                 self.computation(inner, tuple(values.of(each) for each in instruction.operands), times)
-            elif opcode not in _MOVES_NOTHING and not opcode.endswith(("-done", "-update")):
-                self._arithmetic(instruction, computation, times, "", fused=False)
-                self._moves(instruction, computation, times)
+                if opcode == "async-start":
+                    begun = self.cost.steps[before:]
+                    self.cost.steps[before:] = [dataclasses.replace(step, in_background=True) for step in begun]
+            elif opcode not in MOVES_NOTHING and not opcode.endswith(("-done", "-update")):
+                self._step(instruction, computation, times)
 
     def _loop(self, loop: Instruction, start: hlo.Value, times: float) -> None:
         given = [turns for pattern, turns in self._turns.items() if re.search(pattern, loop.op_name)]
@@ -443,12 +335,27 @@ class _Walk:
             costs.append(walk.cost)
         self.cost.add(max(costs, key=lambda cost: (cost.flops, cost.bytes)))
 
-    def _moves(self, instruction: Instruction, computation: Computation, times: float) -> None:
-        if _is_free_call(instruction):
-            return
-        done = _done(instruction, computation)
-        self.cost.bytes_read += times * self._memory.read(instruction, done)
-        self.cost.bytes_written += times * self._memory.written(instruction, done)
+    def _step(self, instruction: Instruction, computation: Computation, times: float) -> None:
+        whole, self.cost = self.cost, Cost()
+        self._arithmetic(instruction, computation, times, "", fused=False)
+        if not is_free_call(instruction):
+            done = _done(instruction, computation)
+            self.cost.bytes_read = times * self._memory.read(instruction, done)
+            self.cost.bytes_written = times * self._memory.written(instruction, done)
+        in_background = instruction.opcode.endswith("-start")
+        waits = not in_background and not self._begins_exchange(instruction)
+        sent = sum(each.times * link_bytes(each) for each in self.cost.collectives) if waits else 0.0
+        self.cost.steps.append(Step(instruction, self.cost.flops, self.cost.bytes, sent, in_background))
+        whole.add(self.cost)
+        self.cost = whole
+
+    def _begins_exchange(self, fusion: Instruction) -> bool:
+        """It sends while it computes, and goes on to send while others do."""
+        return fusion.opcode == "fusion" and any(
+            target(each) == BEGINS_COLLECTIVE
+            for inner in self._program.all_called(fusion, "calls")
+            for each in inner.instructions.values()
+        )
 
     def _arithmetic(
         self, instruction: Instruction, computation: Computation, times: float, op_name: str, *, fused: bool
@@ -460,13 +367,13 @@ class _Walk:
             (inner,) = self._program.all_called(instruction, "calls")
             for each in inner.instructions.values():
                 self._arithmetic(each, inner, times, op_name, fused=True)
-        elif kind in COLLECTIVES and not (fused and _goes_on_elsewhere(instruction, computation)):
+        elif kind in COLLECTIVES and not (fused and goes_on_elsewhere(instruction, computation)):
             self._collective(kind, instruction, computation, times, op_name, fused=fused)
         elif kind == "custom-call":
-            if _is_free_call(instruction) or _target(instruction) == _BEGINS_COLLECTIVE:
+            if is_free_call(instruction) or target(instruction) == BEGINS_COLLECTIVE:
                 return
             flops = self._custom_call_flops(instruction)
-            self.cost.custom_calls.append(CustomCall(instruction, _target(instruction), times, flops))
+            self.cost.custom_calls.append(CustomCall(instruction, target(instruction), times, flops))
             self._add_flops(op_name, times * flops)
         else:
             self._add_flops(op_name, times * product_flops(instruction))

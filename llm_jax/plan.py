@@ -19,6 +19,7 @@ from llm_jax.progress import say
 
 if TYPE_CHECKING:  # it imports jax
     from llm_jax.planning import Plan, Temporary
+    from llm_jax.roofline import Limits
 
 _CONFIG = absl_flags.DEFINE_string("config", None, "Config file, such as configs/llama3_8b.py.")
 _CHANGES = absl_flags.DEFINE_multi_string(
@@ -73,17 +74,25 @@ def _report(name: str, count: int, plan: "Plan") -> str:
     lines += [f"  {plan.traffic / 1e9:.4g} GB of memory traffic (an estimate)"]
     for kind, (times, sent) in plan.collectives.items():
         lines.append(f"  {times:.0f} x {kind}, {sent / 1e9:.4g} GB sent")
-    if plan.bound is not None:
-        lines += ["", "Seconds that a step takes at least"]
-        lines += [
-            f"  {limit.name:8} {limit.seconds:8.4g}" + ("   the bound" if limit == plan.bound else "")
-            for limit in plan.limits
-        ]
+    if plan.limits is not None:
+        lines += _limits(plan.limits)
         lines += [
             f"At most {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: an upper bound, not a measurement"
         ]
     lines += [f"warning: {each}" for each in plan.warnings]
     return "\n".join(lines)
+
+
+def _limits(limits: "Limits") -> list[str]:
+    told = {"flops": "", "memory": "", "links": ""}
+    told["in_turn"] = "instructions one after the other: " + ", ".join(
+        f"{seconds:.3g} for {unit}" for unit, seconds in limits.in_turn_by_unit.items()
+    )
+    lines = ["", "Seconds that it takes at least"]
+    for name, words in told.items():
+        mark = "<- the bound" if name == limits.bound else ""
+        lines.append(f"  {name.replace('_', ' '):8} {getattr(limits, name):8.4g} {words} {mark}".rstrip())
+    return lines
 
 
 def _held(held: "Temporary") -> list[str]:

@@ -10,28 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import data, hlo, hlo_cost, hlo_memory, model, ops, programs, sharding
+from llm_jax import data, hlo, hlo_cost, hlo_memory, model, programs, roofline, sharding
 from llm_jax.chips import Topology
 from llm_jax.config import Config
 from llm_jax.config_rules import split_runs
 from llm_jax.errors import InputError
-from llm_jax.hlo import Instruction
+from llm_jax.kernel_flops import KernelFlops
+from llm_jax.roofline import Limits
 
 MODULES = ("embed", "attn", "mlp", "moe", "lm_head", "optimizer")
 LAYERS = "Transformer.hidden"  # the scope of what goes through all layers, or is kept of each
-
-
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """One of the things that a step's time is at least."""
-
-    name: str
-    amount: float
-    rate: float  # a second
-
-    @property
-    def seconds(self) -> float:
-        return self.amount / self.rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,37 +50,34 @@ class Plan:
     model_flops: float  # without what is computed twice
     traffic: float
     collectives: dict[str, tuple[float, float]]  # kind -> (how often, bytes sent)
-    limits: tuple[Limit, ...]
+    limits: Limits | None  # None: nothing is known of the chip
+    peak_flops: float | None  # a second
     tokens: int  # of a step, on all chips
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        derived = ("fits", "tokens_per_second", "mfu")
-        limits = {limit.name: limit.seconds for limit in self.limits}
-        return dataclasses.asdict(self) | {"limits": limits} | {name: getattr(self, name) for name in derived}
+        derived = ("fits", "seconds", "tokens_per_second", "mfu")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
     @property
     def fits(self) -> bool | None:
         return None if self.memory is None else self.peak <= self.memory
 
     @property
-    def bound(self) -> Limit | None:
-        """What the step takes at least: everything else behind it."""
-        return max(self.limits, key=lambda limit: limit.seconds, default=None)
+    def seconds(self) -> float | None:
+        """That a step takes at least."""
+        return None if self.limits is None else self.limits.seconds
 
     @property
     def tokens_per_second(self) -> float | None:
         """At most, on all chips."""
-        return None if self.bound is None else self.tokens / self.bound.seconds
+        return None if self.limits is None else self.tokens / self.limits.seconds
 
     @property
     def mfu(self) -> float | None:
         """Model flops utilization, at most (Chowdhery et al. 2022, "PaLM", appendix B, with causality)."""
-        if self.bound is None:
-            return None
-        peak = next(limit.rate for limit in self.limits if limit.name == "flops")
-        return self.model_flops / peak / self.bound.seconds
+        return None if self.limits is None else self.model_flops / self.peak_flops / self.limits.seconds
 
 
 def plan_training(cfg: Config, topology: Topology) -> Plan:
@@ -125,20 +110,10 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
     program = hlo.parse(compiled.as_text())
     cost = hlo_cost.analyse(
         program,
-        custom_call_flops=_Kernels(cfg),
+        custom_call_flops=KernelFlops(cfg.model),
         module_of=lambda name: hlo_cost.module_name(name, MODULES),
     )
     chip = topology.chip
-    sent = sum(hlo_cost.link_bytes(each) * each.times for each in cost.collectives)
-    limits = (
-        ()
-        if chip is None
-        else (
-            Limit("flops", cost.flops, chip.flops),
-            Limit("memory", cost.bytes, chip.memory_bandwidth),
-            Limit("links", sent, chip.link_bandwidth),
-        )
-    )
     tokens = cfg.train.batch_size * cfg.seq_len
     return Plan(
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
@@ -153,7 +128,8 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
         model_flops=model.train_flops_per_token(cfg.model, cfg.seq_len) * tokens / mesh.size,
         traffic=cost.bytes,
         collectives=_collectives(cost),
-        limits=limits,
+        limits=None if chip is None else roofline.limits(cost, chip),
+        peak_flops=None if chip is None else chip.flops,
         tokens=tokens,
         warnings=_warnings(cost, state.params, mesh),
     )
@@ -263,39 +239,3 @@ def _warnings(cost: hlo_cost.Cost, params: Any, mesh: jax.sharding.Mesh) -> tupl
     for loop in cost.unknown_loops:
         told.append(f"how often the loop {loop.name} turns is not known; its work is counted once")
     return tuple(told)
-
-
-class _Kernels:
-    """Flops of kernels, which a compiler does not tell.
-
-    Splash attention: of each product the blocks in which a query sees some key, on average over the layers and their
-    windows. Forward two products, q k^T and its weights times v; for dq three, for dk and dv four: each computes the
-    first again.
-    """
-
-    PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-
-    def __init__(self, cfg: Config) -> None:
-        self._windows = model.layer_windows(cfg.model)
-
-    def __call__(self, call: Instruction) -> float:
-        products = next((n for name, n in self.PRODUCTS.items() if name in call.name), None)
-        if products is None:
-            return 0.0
-        # q, k and v are the floats of three axes or, of several texts, four: [B, N, T, H].
-        shapes = [shape for operand in call.operands for shape in operand.shapes]
-        q, k = [shape.dims for shape in shapes if shape.dtype in ("f32", "bf16") and len(shape.dims) >= 3][:2]
-        rows, (time, width) = math.prod(q[:-2]), q[-2:]
-        seen = [_seen(time, k[-2], window) for window in self._windows]
-        return products * 2.0 * rows * width * sum(seen) / len(seen)
-
-
-def _seen(time: int, keys: int, window: int) -> float:
-    """Pairs of a query and a key in blocks of which some are visible; the queries are those of the last keys."""
-    block, key_block = (next(size for size in ops.SPLASH_BLOCKS if each % size == 0) for each in (time, keys))
-    pairs = 0
-    for first in range(keys - time, keys, block):
-        from_key = max(0, first - window + 1) // key_block * key_block
-        to_key = min(keys, -(-(first + block) // key_block) * key_block)
-        pairs += block * (to_key - from_key)
-    return float(pairs)

@@ -10,7 +10,8 @@ PACKAGE = REPOSITORY / "llm_jax"
 # Bottom row first; a module imports rows below its own. errors.py is everybody's.
 ROWS = [
     {"files", "chat", "progress", "sampling_rules", "sentencepiece", "hlo"},
-    {"ops", "config", "tokenizers", "cache", "hlo_cost", "hlo_memory"},
+    {"ops", "config", "tokenizers", "cache", "hlo_traffic", "hlo_memory"},
+    {"hlo_cost"},
     {"sharding", "chips", "cpu", "config_file", "config_rules", "documents", "continuation"},
     {"parallel"},
     {"layers"},
@@ -18,7 +19,7 @@ ROWS = [
     {"train_step", "generate", "report", "run_folder", "decode_weights"},
     {"pretrained"},
     {"published", "init_from"},
-    {"programs", "runs", "decoding", "speculative"},
+    {"programs", "runs", "decoding", "speculative", "roofline", "kernel_flops"},
     {"planning"},
     {"auto_fit"},
     {"text_model", "engine"},
@@ -31,7 +32,7 @@ ROWS = [
 ]
 COMMANDS = ROWS[-1]
 NUMPY_ONLY = set(
-    "documents corpus data tokenizers interop config config_file config_rules hlo hlo_cost hlo_memory".split()
+    "documents corpus data tokenizers interop config config_file config_rules hlo hlo_traffic hlo_cost hlo_memory".split()
 )
 FILES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 
