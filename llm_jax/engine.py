@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
-from llm_jax import decoding, generate, model, speculative
+from llm_jax import decoding, generate, model, sharding, speculative
 from llm_jax.config import ModelConfig
 
 # Tokens of one call. Between calls the host looks at the text; a large model's are worth looking at sooner.
@@ -26,6 +27,7 @@ class Program:
     cache_dtype: str | None = None  # None: the compute dtype
     slides: bool = False  # learned positions, past the last of them: every token moves at every step
     verifies: bool = False  # the logits of every token are asked for
+    mesh: jax.sharding.Mesh | None = None  # of the one device that it is compiled for; None: the default one
 
     def functions(self) -> tuple[generate.ApplyFn, Any]:
         """(apply_fn, init_cache) of `generate`."""
@@ -35,7 +37,7 @@ class Program:
         return self._apply, functools.partial(model.init_cache, self.cfg, dtype=dtype)
 
     def _apply(self, params: model.Params, tokens: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
-        network = model.Transformer(self.cfg)
+        network = model.Transformer(self.cfg, self.mesh)
         hidden, output, cache = network.apply({"params": params}, tokens, positions, cache, method="hidden")
         if tokens.shape[1] > 1 and not self.verifies:  # a prompt: only what follows its last token is asked for
             hidden = jnp.take_along_axis(hidden, jnp.max(positions, axis=1)[:, None, None], axis=1)
@@ -68,8 +70,7 @@ class ModelEngine:
     ) -> None:
         self._program, self._params = program, params
         self._guesses, self._draft_params = guesses, draft_params
-        large = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >= LARGE
-        self.chunk = LARGE_CHUNK if large else CHUNK
+        self.chunk = chunk_for(params)
         if guesses is not None:
             self._rounds = max(1, self.chunk // (guesses.number + 1))
             self.chunk = self._rounds * (guesses.number + 1)
@@ -112,9 +113,7 @@ class ModelEngine:
         rows, draft_cache = kept
         shared, top_logprobs = (state, rows, request.stopped), request.top_logprobs
         if self._guesses is None:
-            state, drawn = _decode(
-                self._program, self._params, *shared, length=self.chunk, top_logprobs=top_logprobs
-            )
+            state, drawn = _decode(self._program, self._params, *shared, length=self.chunk, top_logprobs=top_logprobs)
             return kept, state, drawn
         known = text if self._guesses.draft is None else draft_cache
         state, draft_cache, drawn = _speculate(
@@ -128,6 +127,50 @@ class ModelEngine:
             top_logprobs=top_logprobs,
         )
         return (rows, draft_cache), state, drawn
+
+
+def chunk_for(params: model.Params) -> int:
+    """Tokens of one call, with these parameters or their shapes."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return LARGE_CHUNK if size >= LARGE else CHUNK
+
+
+def lower(
+    program: Program, params: model.Params, *, batch: int, prompt_tokens: int, slots: int
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered, generate.State]:
+    """(prefill, decode, what goes from call to call) as `ModelEngine` runs them, of shapes, for `program.mesh`.
+
+    Args:
+        params: shapes of parameters that are laid out.
+        prompt_tokens, slots: of each row's prompt, and of its cache while it decodes.
+    """
+    there = functools.partial(_shapes_on, sharding.replicated(program.mesh))
+    ints, floats = jax.ShapeDtypeStruct((batch,), np.int32), jax.ShapeDtypeStruct((batch,), np.float32)
+    sampling = generate.SamplingConfig(
+        **dict.fromkeys(("top_k", "min_new_tokens"), ints),
+        **dict.fromkeys(("temperature", "top_p", "min_p"), floats),
+        **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), floats),
+        logit_bias=jax.ShapeDtypeStruct((batch, program.cfg.vocab_size), np.float32),
+    )
+    tokens = jax.ShapeDtypeStruct((batch, prompt_tokens), np.int32)
+    seed, numbers = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((batch,), np.uint32)
+    stop_tokens = jax.ShapeDtypeStruct((8,), np.int32)
+    params, *arguments = there((params, tokens, ints, ints, seed, numbers, sampling, stop_tokens))
+    each = dict(num_samples=1, top_logprobs=0)
+    rows, state, _ = jax.eval_shape(functools.partial(_prefill, program, **each), params, *arguments)
+    grown = jax.eval_shape(lambda cache: _grown(program, cache, batch, slots, pad=jnp.pad), state.cache)
+    rows, state = there((rows, state._replace(cache=grown)))
+    stopped = there(jax.ShapeDtypeStruct((batch,), np.bool_))
+    decode = dict(length=chunk_for(params), top_logprobs=0)
+    return (
+        _prefill.lower(program, params, *arguments, **each),
+        _decode.lower(program, params, state, rows, stopped, **decode),
+        state,
+    )
+
+
+def _shapes_on(place: jax.sharding.Sharding, tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_samples", "top_logprobs"))
@@ -227,9 +270,9 @@ def _speculate(
     return state._replace(cache=model.merge_cache(state.cache, state.lengths - 1)), known, drawn
 
 
-def _grown(program: Program, cache: Any, batch: int, slots: int) -> Any:
+def _grown(program: Program, cache: Any, batch: int, slots: int, pad: Callable[..., Array] = decoding.pad) -> Any:
     """The cache with that many slots a layer, or its window."""
     if program.slides:
         return cache
     _, init_cache = program.functions()
-    return model.grow_cache(cache, init_cache(batch, slots), pad=decoding.pad)
+    return model.grow_cache(cache, init_cache(batch, slots), pad=pad)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from llm_jax import hlo
 from llm_jax.hlo import Computation, Instruction, Program
@@ -107,6 +107,7 @@ def analyse(
     custom_call_flops: Callable[[Instruction], float] = lambda call: 0.0,
     turns: Mapping[str, int] | None = None,
     module_of: Callable[[str], str] | None = None,
+    cheapest_branch: bool = False,
 ) -> Cost:
     """Adds up what `program`, or the program of a text, costs each device.
 
@@ -119,9 +120,11 @@ def analyse(
         turns: of loops that data decides: the first whose key, a regular expression, is found in a loop's op_name.
             It goes before what the program says.
         module_of: op_name -> the name that flops are added up under; None: `module_name`.
+        cheapest_branch: of a conditional the other end counts.
     """
     program = hlo.parse(program) if isinstance(program, str) else program
-    walk = _Walk(program, custom_call_flops, dict(turns or {}), module_of or module_name)
+    choose = min if cheapest_branch else max
+    walk = _Walk(program, custom_call_flops, dict(turns or {}), module_of or module_name, choose)
     walk.computation(program.entry, (), 1)
     return walk.cost
 
@@ -293,8 +296,10 @@ class _Walk:
         custom_call_flops: Callable[[Instruction], float],
         turns: dict[str, int],
         module_of: Callable[[str], str],
+        choose_branch: Callable[..., Cost],
     ):
         self.cost = Cost()
+        self._choose_branch = choose_branch
         self._program, self._memory = program, Traffic(program)
         self._custom_call_flops, self._turns, self._module_of = custom_call_flops, turns, module_of
 
@@ -330,10 +335,11 @@ class _Walk:
         branches = [branch for name in names for branch in self._program.all_called(conditional, name)]
         costs = []
         for branch, argument in zip(branches, conditional.operands[1:], strict=True):
-            walk = _Walk(self._program, self._custom_call_flops, self._turns, self._module_of)
+            how = (self._custom_call_flops, self._turns, self._module_of, self._choose_branch)
+            walk = _Walk(self._program, *how)
             walk.computation(branch, (values.of(argument),), times)
             costs.append(walk.cost)
-        self.cost.add(max(costs, key=lambda cost: (cost.flops, cost.bytes)))
+        self.cost.add(self._choose_branch(costs, key=lambda cost: (cost.flops, cost.bytes)))
 
     def _step(self, instruction: Instruction, computation: Computation, times: float) -> None:
         whole, self.cost = self.cost, Cost()

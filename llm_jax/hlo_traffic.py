@@ -1,8 +1,8 @@
 """What each instruction of a compiled program reads from memory and writes there.
 
 An estimate: an instruction reads its operands and writes its result once, one that is fused into another moves
-nothing, a slice moves itself and not what it is cut from, and what lies in a TPU's VMEM is not in memory. What a cache
-keeps, and what a kernel reads twice, is not seen.
+nothing, a slice moves itself and not what it is cut from, and what lies in a TPU's VMEM is not in memory. What a
+cache keeps, and what a kernel reads twice, is not seen.
 """
 
 from collections.abc import Sequence

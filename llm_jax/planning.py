@@ -22,6 +22,10 @@ MODULES = ("embed", "attn", "mlp", "moe", "lm_head", "optimizer")
 LAYERS = "Transformer.hidden"  # the scope of what goes through all layers, or is kept of each
 
 
+class DoesNotFit(InputError):
+    """A compiler has found out that a program needs more memory than a device has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Temporary:
     """What the temporary memory holds when it holds most, by the live ranges in the program's text: an estimate."""
@@ -84,15 +88,9 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
     """Compiles the step of `llm_jax.main` for the devices and reads what it does.
 
     Raises:
-        InputError: the config can't be split over them; `model.vocab_size` is not known.
+        InputError: the config can't be split over them; `model.vocab_size` is not known; a DoesNotFit.
     """
-    known = {"bpe": cfg.data.vocab_size, "byte": 256}
-    vocab_size = cfg.model.vocab_size or known.get(cfg.data.tokenizer)
-    if vocab_size is None:
-        raise InputError(
-            "model.vocab_size is the tokenizer's, which a plan does not read; give --config.model.vocab_size"
-        )
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    cfg = with_vocab_size(cfg)
     mesh = sharding.make_mesh(cfg.mesh, topology.devices)
     programs.check_trainable(cfg, mesh)
     began = time.monotonic()
@@ -101,10 +99,9 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        used = re.search(r"Used \S+ of \S+ hbm", str(error))
-        raise InputError(
-            f"the step does not fit on {topology.name} ({used[0] if used else 'its compiler says no more'}); split "
-            "it further (mesh.fsdp), set model.remat=block, or raise train.accumulation_steps"
+        raise DoesNotFit(
+            f"the step does not fit on {topology.name} ({used_memory(error)}); split it further (mesh.fsdp), set "
+            "model.remat=block, or raise train.accumulation_steps"
         ) from None
     seconds = time.monotonic() - began
     program = hlo.parse(compiled.as_text())
@@ -133,6 +130,17 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
         tokens=tokens,
         warnings=_warnings(cost, state.params, mesh),
     )
+
+
+def with_vocab_size(cfg: Config) -> Config:
+    """Raises InputError where it is the tokenizer's, which is not read."""
+    known = {"bpe": cfg.data.vocab_size, "byte": 256}
+    vocab_size = cfg.model.vocab_size or known.get(cfg.data.tokenizer)
+    if vocab_size is None:
+        raise InputError(
+            "model.vocab_size is the tokenizer's, which a plan does not read; give --config.model.vocab_size"
+        )
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
 
 def compile_step(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Any, jax.stages.Compiled]:
@@ -183,6 +191,12 @@ def _batch(cfg: Config, mesh: jax.sharding.Mesh) -> data.Batch:
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def used_memory(error: jax.errors.JaxRuntimeError) -> str:
+    """What a compiler says that a program would take."""
+    used = re.search(r"Used \S+ of \S+ hbm", str(error))
+    return used[0] if used else "its compiler says no more"
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -21,8 +21,10 @@ ROWS = [
     {"published", "init_from"},
     {"programs", "runs", "decoding", "speculative", "roofline", "kernel_flops"},
     {"planning"},
-    {"auto_fit"},
+    {"auto_fit", "plan_search"},
     {"text_model", "engine"},
+    {"planning_decode"},
+    {"plan_report"},
     {"exported"},
     {"export"},
     {"language_model"},
@@ -31,9 +33,8 @@ ROWS = [
     {"main", "sample", "convert", "plan", "bench", "evaluate", "serve", "compare"},
 ]
 COMMANDS = ROWS[-1]
-NUMPY_ONLY = set(
-    "documents corpus data tokenizers interop config config_file config_rules hlo hlo_traffic hlo_cost hlo_memory".split()
-)
+NUMPY_ONLY = set("documents corpus data tokenizers interop config config_file config_rules".split())
+NUMPY_ONLY |= set("hlo hlo_traffic hlo_cost hlo_memory".split())
 FILES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 
