@@ -17,6 +17,8 @@ def training(name: str, count: int, plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
     lines = [f"{name}: {count} devices, mesh {mesh}; compiled in {plan.compile_seconds:.0f} s", "", "GiB on a device"]
     modules = ", ".join(f"{module} {_gib(size)}" for module, size in plan.params.items())
+    # Attention's scores, again for its gradient, and the masked part of its blocks; the optimizer.
+    other = plan.flops - plan.model_flops - plan.recomputed_flops
     lines += [
         f"  parameters  {_gib(sum(plan.params.values())):>8}   {modules}",
         f"  optimizer   {_gib(plan.optimizer):>8}",
@@ -25,7 +27,8 @@ def training(name: str, count: int, plan: Plan) -> str:
         *_held(plan.held),
         "",
         "A step on a device",
-        f"  {plan.flops / 1e12:.4g} TFLOP, of the model {plan.model_flops / 1e12:.4g}",
+        f"  {plan.flops / 1e12:.4g} TFLOP: of the model {plan.model_flops / 1e12:.4g}, of layers computed again "
+        f"{plan.recomputed_flops / 1e12:.4g}, else {other / 1e12:.4g}",
         f"  {plan.traffic / 1e9:.4g} GB of memory traffic (an estimate)",
     ]
     for kind, (times, sent) in plan.collectives.items():

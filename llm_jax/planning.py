@@ -19,6 +19,7 @@ from llm_jax.kernel_flops import KernelFlops
 from llm_jax.roofline import Limits
 
 MODULES = ("embed", "attn", "mlp", "moe", "lm_head", "optimizer")
+REMATERIALIZED = "rematted_computation"  # what JAX calls a checkpoint's second forward pass
 LAYERS = "Transformer.hidden"  # the scope of what goes through all layers, or is kept of each
 
 
@@ -52,6 +53,7 @@ class Plan:
     memory: float | None  # what a chip has
     flops: float
     model_flops: float  # without what is computed twice
+    recomputed_flops: float  # of layers, a second time for the gradient (model.remat)
     traffic: float
     collectives: dict[str, tuple[float, float]]  # kind -> (how often, bytes sent)
     limits: Limits | None  # None: nothing is known of the chip
@@ -108,7 +110,7 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
     cost = hlo_cost.analyse(
         program,
         custom_call_flops=KernelFlops(cfg.model),
-        module_of=lambda name: hlo_cost.module_name(name, MODULES),
+        module_of=lambda name: "again" if REMATERIALIZED in name else "once",
     )
     chip = topology.chip
     tokens = cfg.train.batch_size * cfg.seq_len
@@ -123,6 +125,7 @@ def plan_training(cfg: Config, topology: Topology) -> Plan:
         memory=None if chip is None else chip.memory_bytes,
         flops=cost.flops,
         model_flops=model.train_flops_per_token(cfg.model, cfg.seq_len) * tokens / mesh.size,
+        recomputed_flops=cost.flops_of.get("again", 0.0),
         traffic=cost.bytes,
         collectives=_collectives(cost),
         limits=None if chip is None else roofline.limits(cost, chip),

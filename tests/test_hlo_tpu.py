@@ -15,9 +15,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llm_jax import config, data, hlo_cost, programs, sharding
+from llm_jax import config, data, hlo_cost, kernel_flops, programs, sharding
 from llm_jax.config_file import load_file
 from llm_jax.config_rules import freeze
+from llm_jax.model import train_flops_per_token
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu not installed", allow_module_level=True)
@@ -111,6 +112,7 @@ def test_training_step(devices, layer_execution, remat):
     text = step.lower(state, placed(sharding.split_batch(mesh), batch)).compile().as_text()
     found = hlo_cost.analyse(text, module_of=functools.partial(hlo_cost.module_name, names=("attn", "mlp")))
     assert not found.unknown_loops
+    every = hlo_cost.analyse(text, custom_call_flops=kernel_flops.KernelFlops(model))
     tokens, width = 2 * 256, model.n_embd
     projections = 2 * tokens * 4 * width**2 * model.n_layer
     matrix = 2 * tokens * width * model.mlp_dim * model.n_layer
@@ -123,6 +125,13 @@ def test_training_step(devices, layer_execution, remat):
         "other": 3 * 2 * tokens * width * model.vocab_size + muon,
     }
     assert found.flops_of == pytest.approx(expected, rel=1e-6)
+    # Attention's products: two forward, three for dq and four for dk and dv, of whole blocks of 256 by 256.
+    product = 2 * tokens * 256 * width * model.n_layer
+    assert every.flops - found.flops == (2 * (1 + again) + 3 + 4) * product
+    # With what is named above, the formula of `model` in which attention is causal: six products, by half.
+    named = projections + 2 * matrix + 2 * product if again else 0
+    once = train_flops_per_token(model, 256) * tokens - 6 * product / 2 + 9 * product + muon
+    assert every.flops == pytest.approx(once + named, rel=0.02)
     kernels = {}
     for call in found.custom_calls:
         name = call.instruction.name.split(".")[0]

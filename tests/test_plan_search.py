@@ -67,7 +67,7 @@ def made_up(fits, seconds):
         limits = roofline.Limits(seconds(cfg), 0.0, 0.0, 0.0, {})
         peak = 1 if fits(cfg) else 2
         empty = planning.Temporary({}, ())
-        return planning.Plan({}, 0.0, {}, 0, 0, empty, peak, 1.5, 1.0, 1.0, 1.0, {}, limits, 1e9, 1024, ())
+        return planning.Plan({}, 0.0, {}, 0, 0, empty, peak, 1.5, 1.0, 1.0, 0.0, 1.0, {}, limits, 1e9, 1024, ())
 
     return plan, asked
 

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from llm_jax import chips, data, decode_weights, engine, generate, planning, programs, sharding
+from llm_jax import (
+    chips,
+    data,
+    decode_weights,
+    engine,
+    generate,
+    model,
+    planning,
+    planning_decode,
+    programs,
+    sharding,
+)
 from llm_jax.config import MeshConfig
 from llm_jax.config_file import load_file
 from llm_jax.config_rules import freeze
@@ -107,6 +118,29 @@ def test_fsdp_on_eight_chips_gathers_weights_and_scatters_the_sums_of_gradients(
     assert plan.collectives["reduce-scatter"][0] >= layers * (matrices - 1) + 2
     assert plan.collectives["all-reduce"][1] < 0.2 * plan.collectives["reduce-scatter"][1]
     assert all("became all-reduces" in each for each in plan.warnings)
+    # Where its temporary memory goes, by the text of the program: most of what the compiler takes.
+    assert 0.6 * plan.temporary < plan.held.bytes < 1.1 * plan.temporary
+    assert {"attn", "mlp", "lm_head"} <= set(plan.held.by_module)
+    # One instruction after the other takes longer than any unit alone, and less than all units in turn.
+    limits = plan.limits
+    assert max(limits.flops, limits.links) < limits.in_turn < limits.flops + limits.memory + limits.links
+
+
+def test_a_plan_of_decoding_on_one_chip(cfg):
+    lengths = dict(batch_size=8, prompt_tokens=100, new_tokens=100)
+    plan = planning_decode.plan_decode(cfg, chips.find("v5e:1x1"), **lengths)
+    assert plan.fits and plan.peak > plan.weights + plan.cache
+    m = cfg.model
+    weights = model.train_flops_per_token(m, 1) / 6 - 12 * m.n_head * m.head_dim * m.n_layer / 12
+    attention = 4 * m.n_head * m.head_dim * m.n_layer
+    chunk = plan.decode.tokens // 8
+    # The cache has the bucket of 200 tokens, 256, and each call's own apart from it.
+    assert plan.decode.flops == pytest.approx(8 * chunk * (2 * weights + attention * (256 + chunk)), rel=0.02)
+    # Attention's kernel has whole blocks of the prompt's bucket, 128 tokens.
+    in_layers = weights - m.vocab_size * m.n_embd
+    formula = 8 * (128 * (2 * in_layers + attention * 128) + 2 * m.vocab_size * m.n_embd)
+    assert plan.prefill.flops == pytest.approx(formula, rel=0.02)
+    assert plan.decode.limits.memory > plan.decode.limits.flops and plan.decode.limits.links == 0
 
 
 def test_eval_step(cfg, mesh, compiled):
