@@ -41,7 +41,7 @@ def number_of_cpus(name: str) -> int | None:
 
 
 def find(name: str) -> Topology:
-    """The devices of a topology such as "v5p:4x4x4", "v5e:1x1" or "cpu:8".
+    """The devices of a topology such as "v5p:4x4x4", "v5e:1x1", "2xv5e:2x4" (two slices) or "cpu:8".
 
     jax must see no accelerator, and for "cpu:8" as many CPU devices as that (JAX_NUM_CPU_DEVICES).
 
@@ -57,20 +57,23 @@ def find(name: str) -> Topology:
         if len(devices) < count:
             raise InputError(f"topology {name!r} needs {count} CPU devices, and jax has {len(devices)}")
         return Topology(name, devices[:count], None)
-    kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    found = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(\w+):(\d+(?:x\d+){1,2})", name)
+    slices, kind, shape = found.groups() if found else (None, None, None)
+    if kind not in CHIPS:
         raise InputError(
-            f"topology ({name!r}) must be one of {', '.join(CHIPS)} with its shape, such as v5p:4x4x4 or v5e:2x4, or "
-            "cpu:8"
+            f"topology ({name!r}) must be one of {', '.join(CHIPS)} with its shape, such as v5p:4x4x4 or v5e:2x4, "
+            "several slices as 2xv5e:2x4, or cpu:8"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             f"topology {name!r} needs TPUs' compiler; in an environment of its own: pip install 'llm_jax[tpu]'"
         )
     # One chip is less than a host has, and must be asked for.
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
+    how = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
+    if slices and int(slices) > 1:
+        how["num_slices"] = int(slices)
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **how)
     except Exception as error:  # of many kinds, by version
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"topology ({name!r}) is not known to libtpu ({reason})") from None

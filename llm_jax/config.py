@@ -174,6 +174,12 @@ class MeshConfig:
     tensor: int = 1  # heads, the MLP's width and the vocabulary
     context: int = 1  # the tokens of a text; keys and values are gathered
     expert: int = 1  # rows too, and experts
+    num_slices: int | None = None  # of TPUs, joined by a slower network; "data" divides over them. None: as there are
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "num_slices"}
 
 
 @dataclasses.dataclass(frozen=True)

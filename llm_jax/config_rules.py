@@ -395,11 +395,11 @@ def _sample(s: SampleConfig) -> SampleConfig:
 
 
 def _mesh(m: MeshConfig) -> MeshConfig:
-    sizes = {field.name: getattr(m, field.name) for field in dataclasses.fields(m)}
-    for name, size in sizes.items():
+    _at_least("mesh", m, "num_slices", 1)
+    for name, size in m.sizes.items():
         if size != -1:
             _at_least("mesh", m, name, 1)
-    if len(open_axes := [name for name, size in sizes.items() if size == -1]) > 1:
+    if len(open_axes := [name for name, size in m.sizes.items() if size == -1]) > 1:
         raise InputError(f"mesh.{' and mesh.'.join(open_axes)} are -1, what is left; one of them may be")
     return m
 

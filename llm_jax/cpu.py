@@ -1,6 +1,5 @@
 """What a process that trains on a CPU wants in its environment, before jax and malloc read it."""
 
-import dataclasses
 import math
 import os
 import platform
@@ -42,7 +41,7 @@ def devices(given: Mapping[str, str], cfg: Config, num_processes: int | None = N
     if devices_are_set(given):
         return {}
     rows = cfg.train.batch_size // cfg.train.accumulation_steps
-    wanted = math.prod(dataclasses.astuple(cfg.mesh))  # below 0 where one of them takes what is left
+    wanted = math.prod(cfg.mesh.sizes.values())  # below 0 where one of them takes what is left
     if num_processes is not None:
         return {NUM_DEVICES: str(max(1, wanted // num_processes))}
     if not 1 <= wanted <= cores():

@@ -21,10 +21,10 @@ WHOLE = ("D", "DE", "CD")  # too small to be worth sending about: norms and bias
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of all devices, with the axes AXES.
+    """A mesh of all devices, with the axes AXES; no group of any axis but "data" has devices of several slices.
 
     Raises:
-        InputError: the sizes don't make the number of devices.
+        InputError: the sizes don't make the number of devices, or "data" can't be divided over the slices.
     """
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     given = math.prod(size for size in sizes.values() if size != -1)
@@ -37,9 +37,32 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
             "is left"
         )
     shape = [len(devices) // given if sizes[axis] == -1 else sizes[axis] for axis in AXES]
-    if devices[0].platform == "tpu":
-        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
-    return Mesh(np.array(devices).reshape(shape), AXES)
+    slices = _num_slices(cfg, devices)
+    if shape[0] % slices:
+        raise InputError(
+            f"mesh.data ({shape[0]}) must be a multiple of the slices ({slices}), whose network is too slow for what "
+            f"the other axes send; set --config.mesh.data={slices} or a multiple of it"
+        )
+    if devices[0].platform != "tpu":
+        return Mesh(np.array(devices).reshape(shape), AXES)  # a slice: devices that follow each other
+    if slices == 1:  # devices of one need not say which
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        in_slice, by_slice = [shape[0] // slices, *shape[1:]], [slices] + [1] * (len(shape) - 1)
+        placed = mesh_utils.create_hybrid_device_mesh(in_slice, by_slice, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES)
+
+
+def _num_slices(cfg: MeshConfig, devices: Sequence[jax.Device]) -> int:
+    """Of TPUs as they say themselves; others are divided as the config says."""
+    if devices[0].platform != "tpu":
+        return cfg.num_slices or 1
+    there = len({getattr(device, "slice_index", 0) for device in devices})
+    if cfg.num_slices not in (None, there):
+        raise InputError(
+            f"mesh.num_slices ({cfg.num_slices}) must be that of the TPUs ({there}); left out, it is found"
+        )
+    return there
 
 
 def splits_model(mesh: Mesh | None) -> bool:

@@ -41,7 +41,7 @@ MAY_DIFFER = SAME_BY_CONTENT | frozenset(
     "train.num_steps train.eval_every train.save_every train.log_every train.sample_every train.keep_checkpoints "
     "train.profile_steps train.accumulation_steps train.micro_batch "
     "model.attention model.layer_execution model.remat".split()
-    + [f"mesh.{axis}" for axis in sharding.AXES]
+    + [f"mesh.{axis}" for axis in (*sharding.AXES, "num_slices")]
 )
 DECIDED_BY_CORPUS = frozenset({"model.vocab_size", "data.content_hash"})
 

@@ -68,7 +68,7 @@ def test_what_bounds_a_step():
     assert json.loads(json.dumps(slow.as_dict()))["fits"] is False
 
 
-@pytest.mark.parametrize("name", ["v7:2x2", "v5e", "v5e:2", "cpu:0", "cpu", "v5e:2x4; rm", ""])
+@pytest.mark.parametrize("name", ["v7:2x2", "v5e", "v5e:2", "cpu:0", "cpu", "0xv5e:2x4", "v5e:2x4; rm", ""])
 def test_a_topology_that_does_not_exist(name):
     with pytest.raises(InputError, match="topology"):
         chips.find(name)

@@ -38,6 +38,17 @@ def test_a_number_of_devices_that_is_not_there_is_an_error(sizes, message):
     assert message in str(error.value) and "-1" in str(error.value)
 
 
+def test_slices_divide_the_data_axis():
+    made = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, num_slices=2), jax.devices())
+    assert [[device.id for device in part.flat] for part in made.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert sharding.make_mesh(MeshConfig(data=-1, fsdp=2, num_slices=4), jax.devices()).shape["data"] == 4
+    for sizes in (dict(data=1, fsdp=-1), dict(data=2, fsdp=4, num_slices=4)):
+        with pytest.raises(InputError, match=r"mesh.data \(\d\) must be a multiple of the slices \(.*mesh.data=\d"):
+            sharding.make_mesh(MeshConfig(**dict(num_slices=2) | sizes), jax.devices())
+    with pytest.raises(InputError, match=r"mesh.num_slices \(0\) must be 1 or more"):
+        freeze(dict(mesh=dict(num_slices=0)))
+
+
 @pytest.mark.parametrize(
     "sizes, changed, message",
     [

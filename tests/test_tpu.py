@@ -7,6 +7,7 @@ changes what jax.devices() tries first. Not marked slow, though it takes minutes
 import dataclasses
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from llm_jax import (
     decode_weights,
     engine,
     generate,
+    hlo,
     model,
     planning,
     planning_decode,
@@ -29,6 +31,7 @@ from llm_jax import (
 from llm_jax.config import MeshConfig
 from llm_jax.config_file import load_file
 from llm_jax.config_rules import freeze
+from llm_jax.errors import InputError
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu not installed", allow_module_level=True)
@@ -141,6 +144,29 @@ def test_a_plan_of_decoding_on_one_chip(cfg):
     formula = 8 * (128 * (2 * in_layers + attention * 128) + 2 * m.vocab_size * m.n_embd)
     assert plan.prefill.flops == pytest.approx(formula, rel=0.02)
     assert plan.decode.limits.memory > plan.decode.limits.flops and plan.decode.limits.links == 0
+
+
+def test_two_slices_sum_each_gradient_once_and_gather_nothing():
+    """What leaves a slice is handed to its host."""
+    model = dict(n_embd=1024, n_head=8, n_layer=2, block_size=128, vocab_size=1024, mlp_dim=1024)
+    model |= dict(tie_embeddings=False, compute_dtype="bfloat16", layer_execution="unrolled")
+    values = dict(model=model, mesh=dict(data=-1, fsdp=8), optim=dict(name="adamw"), train=dict(batch_size=16))
+    cfg = freeze(values)
+    devices = chips.find("2xv5e:2x4").devices
+    with pytest.raises(InputError, match=r"mesh.num_slices \(4\) must be that of the TPUs \(2\)"):
+        sharding.make_mesh(MeshConfig(num_slices=4), devices)
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    assert mesh.shape["data"] == 2
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    state, program = planning.compile_step(cfg, mesh)
+    sums, kinds = 0, set()
+    for computation in hlo.parse(program.as_text()).computations.values():
+        for each in computation.instructions.values():
+            kinds |= set(re.findall(r'_xla_megascale_transfer_type="(\w+)"', each.attributes))
+            sums += each.shapes[0].bytes if each.opcode == "send" else 0
+    assert kinds == {"ALL_REDUCE"}
+    held = sum(planning._bytes(leaf) for leaf in jax.tree.leaves(state.params))
+    assert held <= sums < 1.1 * held  # in float32, as they are kept; the rest: norms, losses
 
 
 def test_eval_step(cfg, mesh, compiled):
