@@ -255,6 +255,22 @@ def _embed_backward(mesh, sends_tokens, residuals, d_x):
 _embed.defvjp(_embed_forward, _embed_backward)
 
 
+class _Loss(NamedTuple):
+    """What of the loss is known when it is compiled."""
+
+    softcap: float | None
+    limit: int  # chunk_elements
+    mesh: Mesh
+
+    @property
+    def vocab_axis(self) -> str | None:
+        return "tensor" if self.mesh.shape["tensor"] > 1 else None
+
+    def summed(self, sums: Any) -> Any:
+        """Of the rows of all devices."""
+        return jax.tree.map(lambda x: _sum(x, (*ROWS, "context"), self.mesh), sums)
+
+
 def linear_cross_entropy(
     hidden: Float[Array, "B T D"],
     weight: Float[Array, "V D"],
@@ -262,26 +278,103 @@ def linear_cross_entropy(
     mask: Float[Array, "B T"],
     *,
     softcap: float | None,
-    chunk_elements: int | None,
+    chunk_elements: int,
     mesh: Mesh,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`ops.linear_cross_entropy`, summed over all devices, once; chunk_elements: of one device."""
+    """`ops.linear_cross_entropy`, summed over all devices, once. Differentiable in hidden and weight.
 
-    def on_device(hidden, weight, targets, mask):
-        weight = _gathered(weight, TABLE, mesh)
-        sums = ops.linear_cross_entropy(
-            hidden,
-            weight,
-            targets,
-            mask,
-            softcap=softcap,
-            chunk_elements=chunk_elements,
-            vocab_axis="tensor" if mesh.shape["tensor"] > 1 else None,
-        )
-        return jax.tree.map(lambda x: _sum(x, (*ROWS, "context"), mesh), sums)
+    Args:
+        chunk_elements: logits that a device takes at a time, and numbers of the gradient of its weight, which is
+            never whole.
+    """
+    return _cross_entropy(hidden, weight, targets, mask, _Loss(softcap, chunk_elements, mesh))
 
-    specs = (ACTIVATIONS, TABLE, TOKENS, TOKENS)
-    return _shard_map(on_device, mesh, specs, (P(), P()))(hidden, weight, targets, mask)
+
+_LOSS_SPECS = (ACTIVATIONS, TABLE, TOKENS, TOKENS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, weight, targets, mask, how):
+    def sums(hidden, weight, targets, mask):
+        whole = _gathered(weight, TABLE, how.mesh)
+        options = dict(softcap=how.softcap, chunk_elements=how.limit, vocab_axis=how.vocab_axis)
+        return how.summed(ops.linear_cross_entropy(hidden, whole, targets, mask, **options))
+
+    return _shard_map(sums, how.mesh, _LOSS_SPECS, (P(), P()))(hidden, weight, targets, mask)
+
+
+def _cross_entropy_forward(hidden, weight, targets, mask, how):
+    """The sums, and the gradients of the first: as in `ops.linear_cross_entropy`, while a chunk's logits are there.
+
+    The logits' gradient is kept for as many rows as twice the width: in bfloat16 it takes no more than the weight's
+    whole gradient would in float32, of which each device makes but a part at a time, and keeps its own of the sum.
+    """
+
+    def sums_and_gradients(hidden, weight, targets, mask):
+        whole = _gathered(weight, TABLE, how.mesh)
+        vocab, width = whole.shape
+        rows, at_a_time = targets.size, max(1, how.limit // vocab)
+        groups = math.ceil(rows / max(2 * width, at_a_time))
+        chunks = math.ceil(rows / groups / at_a_time)
+
+        def split(x):
+            flat = x.reshape(rows, *x.shape[2:])
+            filled = jnp.pad(flat, [(0, -rows % (groups * chunks))] + [(0, 0)] * (flat.ndim - 1))
+            return filled.reshape(groups, chunks, -1, *flat.shape[1:])
+
+        def add_group(totals, xs):
+            nats, d_logits, d_hidden = jax.lax.map(lambda chunk: _of_chunk(*chunk, whole, how), xs)
+            d_weight = _product_over_rows(xs[0].reshape(-1, width), d_logits.reshape(-1, vocab), how)
+            return jax.tree.map(jnp.add, totals, (jnp.sum(nats), d_weight)), d_hidden
+
+        zeros = (jnp.zeros(()), jnp.zeros((weight.shape[1], vocab)))
+        (nats, d_weight), d_hidden = jax.lax.scan(add_group, zeros, (split(hidden), split(targets), split(mask)))
+        d_hidden = d_hidden.reshape(-1, width)[:rows].reshape(hidden.shape)
+        d_weight = _sum(d_weight, ("data", "expert", "context"), how.mesh).T.astype(weight.dtype)
+        sums = how.summed((nats, jnp.sum(mask.astype(jnp.float32))))
+        return sums, (_sum(d_hidden, ("tensor",), how.mesh), d_weight)
+
+    specs = ((P(), P()), (ACTIVATIONS, TABLE))
+    return _shard_map(sums_and_gradients, how.mesh, _LOSS_SPECS, specs)(hidden, weight, targets, mask)
+
+
+def _of_chunk(rows, targets, mask, weight, how):
+    """(nats, their gradient with respect to the logits and to the rows); of this device's part of the vocabulary."""
+
+    def nats(logits):
+        if how.softcap is not None:
+            logits = how.softcap * jnp.tanh(logits / how.softcap)
+        return ops.cross_entropy(logits, targets, mask, vocab_axis=how.vocab_axis)[0]
+
+    found, pull = jax.vjp(nats, ops.einsum_f32("nd,vd->nv", rows, weight))
+    # All devices of "tensor" have the same nats: of their sum, which is what `pull` takes, each has its part.
+    d_logits = pull(jnp.float32(1 / how.mesh.shape["tensor"]))[0].astype(rows.dtype)
+    return found, d_logits, ops.einsum_f32("nv,vd->nd", d_logits, weight).astype(rows.dtype)
+
+
+def _product_over_rows(
+    hidden: Float[Array, "M D"], d_logits: Float[Array, "M V"], how: _Loss
+) -> Float32[Array, "P V"]:
+    """hidden^T d_logits, summed over "fsdp": this device's part of the width, some channels of each at a time."""
+    parts, (width, vocab) = how.mesh.shape["fsdp"], (hidden.shape[1], d_logits.shape[1])
+    own = width // parts
+    fits = (n for n in range(1, own + 1) if own % n == 0 and width // n * vocab <= how.limit)
+    steps = next(fits, own)
+    by_step = jnp.moveaxis(hidden.reshape(-1, parts, steps, own // steps), 2, 0)
+
+    def step(channels):
+        product = ops.einsum_f32("mc,mv->cv", channels.reshape(len(channels), -1), d_logits)
+        return _sum_scattered(product, 0) if parts > 1 else product
+
+    return jax.lax.map(step, by_step).reshape(own, vocab)
+
+
+def _cross_entropy_backward(how, gradients, d_sums):
+    d_hidden, d_weight = ((d_sums[0] * gradient).astype(gradient.dtype) for gradient in gradients)
+    return d_hidden, d_weight, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 # --- Experts -----------------------------------------------------------------------------------------

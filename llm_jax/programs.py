@@ -107,7 +107,7 @@ def make_loss_fn(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> train_step.LossFn
         rows = (hidden, output, batch.targets, batch.mask)
         with jax.named_scope("lm_head"):
             if sharding.splits_model(mesh):
-                elements = None if sharding.is_cpu(mesh) else CHUNK_ELEMENTS
+                elements = CHUNK_ELEMENTS
                 how = dict(softcap=cfg.final_softcap, chunk_elements=elements, mesh=mesh)
                 return parallel.linear_cross_entropy(*rows, **how)
             return ops.linear_cross_entropy(*rows, softcap=cfg.final_softcap, chunk_elements=chunk_elements)

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import re
 from collections import Counter
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import data, hlo_cost, parallel, programs, sharding
+from llm_jax import data, hlo_cost, ops, parallel, programs, sharding
 from llm_jax.config_rules import freeze
 
 MODEL = dict(n_embd=32, n_head=4, n_layer=2, block_size=64, vocab_size=96, mlp_dim=64)
@@ -32,8 +34,7 @@ def make(model, sizes, **train):
             train=dict(batch_size=ROWS, num_steps=STEPS) | train,
         )
     )
-    number = int(np.prod([size for size in sizes.values()]))
-    mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:number])
+    mesh = sharding.make_mesh(cfg.mesh, jax.devices()[: math.prod(cfg.mesh.sizes.values())])
     programs.check_trainable(cfg, mesh)
     return programs.make_programs(cfg, mesh, np.ones(96, np.int32)), mesh, cfg
 
@@ -83,6 +84,7 @@ CASES = [
     ("experts", dict(fsdp=2, expert=2, tensor=2), {}),
     ("grouped", dict(fsdp=2, tensor=2, context=2), {}),
     ("llama", dict(data=2, fsdp=2, tensor=2), dict(name="muon")),
+    ("llama", dict(data=2, fsdp=4, num_slices=2), {}),
     ("llama", dict(data=2, fsdp=2, context=2), dict(accumulation_steps=2)),
     ("llama", dict(fsdp=4), dict(ema_decay=0.9)),
 ]
@@ -161,13 +163,17 @@ def test_dropout_draws_one_mask_whatever_the_mesh():
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def collectives(model, sizes):
-    """(kind, bytes of the whole) -> how often a step does it; and the programs."""
-    made, mesh, cfg = make(model, sizes)
+def arguments(made, mesh):
+    """Of a training step, as shapes where they lie."""
     like = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
     state = jax.tree.map(like, jax.eval_shape(made.init), made.placed)
-    rows = jax.tree.map(lambda leaf: like(leaf, sharding.split_batch(mesh)), batches()[0])
-    text = made.train_step.lower(state, rows).compile().as_text()
+    return state, jax.tree.map(lambda leaf: like(leaf, sharding.split_batch(mesh)), batches()[0])
+
+
+def collectives(model, sizes):
+    """(kind, bytes of the whole) -> how often a step does it; and the programs."""
+    made, mesh, _ = make(model, sizes)
+    text = made.train_step.lower(*arguments(made, mesh)).compile().as_text()
     found = Counter()
     for each in hlo_cost.analyse(text).collectives:
         if each.group_size > 1:
@@ -215,6 +221,38 @@ def test_a_lookup_in_a_split_table_and_its_gradient(vocab_size):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
     text = split.lower(table).compile().as_text()
     assert ("all-to-all" in text) == (vocab_size == 64)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, tensor=2, context=2), dict(data=2, fsdp=4)], ids=ids)
+def test_the_loss_in_chunks_of_rows_and_of_its_weights_gradient(sizes):
+    """Groups of rows, chunks of a group and steps of the gradient, none of which divides evenly."""
+    mesh = sharding.make_mesh(freeze(dict(mesh=dict(data=1) | sizes)).mesh, jax.devices())
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    hidden, weight = jax.random.normal(next(keys), (8, 14, 8)), jax.random.normal(next(keys), (26, 8))
+    targets = jax.random.randint(next(keys), (8, 14), 0, 26)
+    mask = (jax.random.uniform(next(keys), (8, 14)) < 0.8).astype(jnp.float32)
+
+    def check(dtype, **close):
+        leaves = hidden.astype(dtype), weight.astype(dtype)
+        split = functools.partial(parallel.linear_cross_entropy, softcap=5.0, chunk_elements=3 * 26, mesh=mesh)
+        plain = functools.partial(ops.linear_cross_entropy, softcap=5.0)
+        value = lambda loss, *x: 0.5 * loss(*x, targets, mask)[0]
+        both = jax.jit(jax.value_and_grad(value, argnums=(1, 2)), static_argnums=0)
+        found, gradients = both(split, *leaves)
+        expected, theirs = both(plain, *(leaf.astype(jnp.float32) for leaf in leaves))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        for own, other in zip(gradients, theirs, strict=True):
+            np.testing.assert_allclose(own.astype(jnp.float32), other, rtol=0, **close)
+
+    check(jnp.float32, atol=1e-5)
+    check(jnp.bfloat16, atol=0.05)
+
+
+def test_gradients_in_bfloat16_are_summed_in_float32():
+    made, mesh, _ = make(MODEL | dict(tie_embeddings=False, compute_dtype="bfloat16"), dict(data=2, fsdp=4))
+    text = made.train_step.lower(*arguments(made, mesh)).as_text()
+    dtypes = re.findall(r'"stablehlo.(?:all_reduce|reduce_scatter)".*?\^bb0\(%\w+: tensor<(\w+)>', text, re.S)
+    assert len(dtypes) >= 2 * (7 + 2) and set(dtypes) == {"f32"}  # along fsdp and data, of a layer and two tables
 
 
 @pytest.mark.slow
