@@ -45,12 +45,20 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
         )
     if devices[0].platform != "tpu":
         return Mesh(np.array(devices).reshape(shape), AXES)  # a slice: devices that follow each other
-    if slices == 1:  # devices of one need not say which
-        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    else:
-        in_slice, by_slice = [shape[0] // slices, *shape[1:]], [slices] + [1] * (len(shape) - 1)
-        placed = mesh_utils.create_hybrid_device_mesh(in_slice, by_slice, devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES)
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    in_slice = [shape[0] // slices, *shape[1:]]
+    return Mesh(np.concatenate([_placed(in_slice, by_slice[index]) for index in sorted(by_slice)]), AXES)
+
+
+def _placed(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """TPUs so that neighbours along an axis, above all the last, are linked."""
+    sides = [len(set(places)) for places in zip(*(device.coords for device in devices), strict=True)]
+    if shape[AXES.index("fsdp")] == len(devices) > 2 * max(sides):
+        # By rows of the torus, for `lines`. Of 16 and of 2x2x2 JAX would make a ring, and so it does of two rows.
+        return np.array(sorted(devices, key=lambda device: tuple(device.coords))).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _num_slices(cfg: MeshConfig, devices: Sequence[jax.Device]) -> int:
@@ -68,6 +76,33 @@ def _num_slices(cfg: MeshConfig, devices: Sequence[jax.Device]) -> int:
 def splits_model(mesh: Mesh | None) -> bool:
     """Whether a device has but a part of the model, or of a text."""
     return mesh is not None and any(mesh.shape[axis] > 1 for axis in AXES if axis != "data")
+
+
+def lines(mesh: Mesh) -> tuple[int, int]:
+    """(M, m): along "fsdp" come M lines of m TPUs, all along one axis of their torus, side by side in the others.
+
+    (1, n): they do not, or are no TPUs.
+    """
+    devices = mesh.devices[0, :, 0, 0, 0]
+    if devices[0].platform != "tpu":
+        return 1, len(devices)
+    places = np.array([device.coords for device in devices])
+    for length in range(len(devices) - 1, 1, -1):
+        if len(devices) % length == 0:
+            grid = places.reshape(-1, length, 3)
+            along = np.any(grid != grid[:, :1], axis=(0, 1))  # changes in a line
+            across = np.any(grid != grid[:1], axis=(0, 1))  # changes from one line to the next
+            if along.sum() == 1 and not np.any(along & across):
+                return len(grid), length
+    return 1, len(devices)
+
+
+def torus_axes(mesh: Mesh) -> int:
+    """How many axes of a torus of TPUs "fsdp" goes along; of two devices an axis is but a link."""
+    devices = mesh.devices[0, :, 0, 0, 0]
+    if devices[0].platform != "tpu":
+        return 0
+    return sum(len(set(places)) > 2 for places in zip(*(device.coords for device in devices), strict=True))
 
 
 def one_device(mesh: Mesh) -> Mesh:

@@ -142,6 +142,19 @@ def test_the_gradient_is_that_of_one_device(model, sizes):
     jax.tree_util.tree_map_with_path(check, gradient, theirs)
 
 
+def test_sums_and_gathers_over_a_torus_are_those_over_a_line(monkeypatch):
+    """Stage by stage, as on TPUs."""
+    expected = loss_and_gradient("llama", dict(fsdp=8))
+    monkeypatch.setattr(sharding, "lines", lambda mesh: (4, 2))
+    monkeypatch.setattr(sharding, "torus_axes", lambda mesh: 3)
+    found = loss_and_gradient("llama", dict(fsdp=8))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+    sent, _ = collectives(MODEL, dict(fsdp=8))
+    whole = {4 * 32 * 32: 8, 4 * 32 * 64: 6, 4 * 96 * 32: 2}  # of two layers, and the table's
+    expected = whole | {size / 4: count for size, count in whole.items()}
+    assert {size: count for (kind, size), count in sent.items() if kind == "reduce-scatter"} == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block", "dots"])
 @pytest.mark.parametrize("name", ["grouped", "experts"])

@@ -112,21 +112,40 @@ def test_fsdp_on_eight_chips_gathers_weights_and_scatters_the_sums_of_gradients(
     changed = load_file(str(SMALL))
     changed.mesh.data, changed.mesh.fsdp, changed.train.batch_size = 1, 8, 16
     changed.model.compute_dtype, changed.optim.name = "bfloat16", "adamw"
-    plan = planning.plan_training(freeze(changed), chips.find("v5e:2x4"))
-    assert plan.fits and 0 < plan.mfu < 1
-    matrices, layers = 7, changed.model.n_layer
-    assert plan.collectives["all-gather"][0] >= 2 * layers * matrices  # a pass forward, and one for the gradient
-    # Of each layer's matrices, the table's look-up and the output; but this compiler sums those of one matrix, whose
-    # split axis is its last, by an all-reduce, which the plan tells.
-    assert plan.collectives["reduce-scatter"][0] >= layers * (matrices - 1) + 2
-    assert plan.collectives["all-reduce"][1] < 0.2 * plan.collectives["reduce-scatter"][1]
-    assert all("became all-reduces" in each for each in plan.warnings)
+    cfg = freeze(changed)
+    plan = planning.plan_training(cfg, chips.find("v5e:2x4"))
+    assert plan.fits and 0 < plan.mfu < 1 and not plan.warnings
+    matrices = 7 * cfg.model.n_layer
+    in_layers = cfg.model.n_layer * (4 * 128 * 128 + 3 * 128 * 336)
+    table, sent_of = 8192 * 128, 7 / 8  # of what is gathered or summed each device has an eighth
+    count, sent = plan.collectives["all-gather"]
+    assert count >= 2 * matrices + 1  # a pass forward, and one for the gradient; the output's for both
+    assert sent == pytest.approx(2 * sent_of * (2 * in_layers + table), rel=0.01)  # bfloat16; the rest: tokens, norms
+    count, sent = plan.collectives["reduce-scatter"]
+    assert count == matrices + 1  # of the table that of the output: the look-up's gradient goes with the tokens'
+    assert sent == pytest.approx(4 * sent_of * (in_layers + table), rel=0.01)
+    assert plan.collectives["all-reduce"][1] < 0.01 * sent
     # Where its temporary memory goes, by the text of the program: most of what the compiler takes.
     assert 0.6 * plan.temporary < plan.held.bytes < 1.1 * plan.temporary
     assert {"attn", "mlp", "lm_head"} <= set(plan.held.by_module)
     # One instruction after the other takes longer than any unit alone, and less than all units in turn.
     limits = plan.limits
     assert max(limits.flops, limits.links) < limits.in_turn < limits.flops + limits.memory + limits.links
+
+
+@pytest.mark.parametrize("topology_name", ["v6e:4x4", "v5p:2x2x2", "v5p:4x4x4"])
+def test_fsdp_over_a_torus_gathers_and_scatters_in_stages(topology_name):
+    """Where XLA would do neither (`parallel._stages`)."""
+    model = dict(n_embd=1024, n_head=8, n_layer=2, block_size=512, vocab_size=1024, mlp_dim=2048)
+    model |= dict(compute_dtype="bfloat16")
+    topology = chips.find(topology_name)
+    values = dict(model=model, mesh=dict(data=1, fsdp=-1), optim=dict(name="adamw"))
+    plan = planning.plan_training(freeze(values | dict(train=dict(batch_size=len(topology.devices)))), topology)
+    assert not plan.warnings
+    summed = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2048) + 1024 * 1024
+    sent = summed * 4 * (1 - 1 / len(topology.devices))
+    assert plan.collectives["reduce-scatter"][1] == pytest.approx(sent, rel=0.02)
+    assert plan.collectives["all-reduce"][1] < 0.02 * sent
 
 
 def test_a_plan_of_decoding_on_one_chip(cfg):
