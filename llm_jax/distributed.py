@@ -23,6 +23,7 @@ TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # on GKE, with co
 
 START_SECONDS = 300  # until all processes must have come
 HEARTBEAT_SECONDS = 15  # without a sign of life a process counts as lost: a killed one, or its machine
+LEAVE_SECONDS = 1  # in which the others receive what all have been told, such as that they stop
 TRY_AGAIN = getattr(os, "EX_TEMPFAIL", 75)  # exit code: the same command, once more, goes on
 PARENT = "LLM_JAX_PARENT"  # set for a child of `supervise`: a pipe that ends with its parent
 
@@ -185,8 +186,9 @@ def is_started() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process as sys.exit does; one of several at once, without waiting for the others to end too."""
+    """Ends this process as sys.exit does; one of several soon, without waiting for the others to end too."""
     if is_started():
+        time.sleep(LEAVE_SECONDS)
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -226,8 +226,7 @@ def test_processes_find_each_other_by_their_launchers_variables(launch, environ)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("when", ["step 20/", "parameters"])
+@pytest.mark.parametrize("lost, when", [(0, "step 20/"), (1, "step 20/"), (1, "parameters")])
 def test_a_kill_of_one_ends_the_others_in_one_line_and_the_same_command_continues(launch, lost, when):
     steps = LONG[:-1] + ["--config.train.num_steps=60"]
     both = launch("both", *steps)
@@ -240,7 +239,7 @@ def test_a_kill_of_one_ends_the_others_in_one_line_and_the_same_command_continue
     last = both.text(1 - lost).splitlines()[-1]
     assert last.startswith("error: ") and "start all of them again with the same command" in last
     losses = launch("both", *steps).done()
-    if lost == 0 and when != "parameters":
+    if lost == 0:
         assert losses == launch("unstopped", *steps).done()  # to the last bit
 
 
@@ -292,13 +291,14 @@ def test_the_checkpoint_of_four_processes_continues_on_one_device_on_eight_and_i
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["run", "hf"])
 def test_two_processes_start_from_a_models_weights_as_one_does(launch, source, tmp_path):
-    steps = "--config.train.num_steps=6"
-    launch("run", steps, count=1).done()
+    long = "--config.train.num_steps=60 --config.train.save_every=0 --config.optim.peak_lr=1e-2".split()
+    trained = launch("run", *long, count=1).done()[60, "val_loss_full"]
     if source == "hf":
         llm_jax.load(tmp_path / "run").save_pretrained(tmp_path / "hf")
-    start = [steps, f"--config.train.init_from={tmp_path / source}", "--config.data.tokenizer=bpe"]  # its default
+    start = ["--config.train.num_steps=6", f"--config.train.init_from={tmp_path / source}"]
+    start.append("--config.data.tokenizer=bpe")  # its default: the model has its own
     alone = launch("alone", *start, count=1).done()
-    assert alone[1, "loss"] < 5.2  # not of fresh weights, whose loss is ln 256
+    assert trained < 4.5 and alone[1, "loss"] == pytest.approx(trained, abs=0.3)  # fresh weights': ln 256 = 5.5
     same(alone, launch("both", *start, "--config.mesh.fsdp=2").done())
 
 
