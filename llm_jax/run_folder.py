@@ -1,8 +1,10 @@
 """A run's folder: config.json, tokenizer.json and checkpoints, written and read back."""
 
+import contextlib
 import json
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,27 @@ def write_run(workdir: str | Path, cfg: Config, tokenizer: Tokenizer) -> None:
         write_whole(workdir / "config.json", json.dumps(as_dict(cfg), indent=2) + "\n")
     except OSError as error:  # a full disk
         raise _unwritable(workdir, error) from None
+
+
+@contextlib.contextmanager
+def only_here(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in the folder meanwhile; however this one ends, its lock ends with it."""
+    try:
+        import fcntl  # of Unix
+    except ImportError:
+        yield
+        return
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise InputError(
+            f"another process trains in workdir {str(workdir)!r}; stop it first, or choose another workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)

@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import math
 import os
-import signal
-import threading
 import time
 import weakref
 from collections import deque
@@ -32,6 +30,7 @@ from llm_jax.programs import IN_FLIGHT, Programs, check_trainable, make_programs
 from llm_jax.progress import say, silence_standard_output
 from llm_jax.report import Report, mean_and_deviation, plot_losses, read_metrics
 from llm_jax.runs import Runs
+from llm_jax.stopping import Stopped, stop_signals
 from llm_jax.tokenizers import Tokenizer
 
 # Data is the same by data.content_hash, and the tokenizer by its own.
@@ -46,23 +45,6 @@ MAY_DIFFER = SAME_BY_CONTENT | frozenset(
 DECIDED_BY_CORPUS = frozenset({"model.vocab_size", "data.content_hash"})
 
 BATCHES_AHEAD = 2  # cut and on the device before their step is due
-ONE_SIGNAL_SECONDS = 1  # a launcher, and the parent of several processes, may pass on what has come directly too
-
-
-class Interrupted(KeyboardInterrupt):
-    """A second signal came before the first one's save: nothing was saved since the last checkpoint."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__("interrupted before saving; the same command continues from the last checkpoint")
-        self.signum = signum
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; the state of `step` is saved, and the same call continues from it."""
-
-    def __init__(self, signum: int, step: int, workdir: Path) -> None:
-        super().__init__(f"stopped at step {step}, saved in {workdir}; the same command continues from there")
-        self.signum = signum
 
 
 @hosts.noticing_loss()
@@ -122,7 +104,7 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
     programs = make_programs(cfg, mesh, tokenizer.token_bytes())
     with contextlib.ExitStack() as stack:
         if hosts.is_first():
-            stack.enter_context(_only_here(workdir))
+            stack.enter_context(run_folder.only_here(workdir))
         _check_same_run(workdir, cfg, tokenizer)
         if hosts.is_first():
             run_folder.write_run(workdir, cfg, tokenizer)
@@ -167,30 +149,6 @@ def _compile_ahead(programs: Programs, batches: "_Batches", stack: contextlib.Ex
     lowered = programs.train_step.lower(state, batches.train(1))
     step = stack.enter_context(ThreadPoolExecutor(1)).submit(lowered.compile)
     return programs._replace(train_step=lambda state, batch: step.result()(state, batch))
-
-
-@contextlib.contextmanager
-def _only_here(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from training in the folder meanwhile; however this one ends, its lock ends with it."""
-    try:
-        import fcntl  # of Unix
-    except ImportError:
-        yield
-        return
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise InputError(
-            f"another process trains in workdir {str(workdir)!r}; stop it first, or choose another workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def _best_run(runs: Runs, workdir: Path) -> int:
@@ -305,7 +263,7 @@ class _Loop:
                 self._clock = _Clock(self._report.seconds_before, first_step)
                 # The last evaluation and sample come after: the state is saved by then, and a signal just ends them.
                 with (
-                    _stop_signals(self._mesh) as stop,
+                    stop_signals(self._mesh) as stop,
                     ThreadPoolExecutor(1) as pool,
                     contextlib.ExitStack() as trace,
                 ):
@@ -471,41 +429,6 @@ class _Clock:
         tokens_per_second = (step - self._step) * tokens_per_step / max(time.monotonic() - self._since, 1e-9)
         self.restart(step)
         return {"tokens_per_second": tokens_per_second, "wall_seconds": self._since - self._run_start}
-
-
-class _Stop:
-    """The first signal that came, and what the processes of the run agree on."""
-
-    def __init__(self, mesh: jax.sharding.Mesh) -> None:
-        self.signum, self.seconds = 0, -math.inf
-        self._votes = hosts.Votes(mesh, behind=IN_FLIGHT)
-
-    def agreed(self) -> int:
-        """The signal to stop for, in all processes at the same call; 0: none."""
-        return self._votes.largest(self.signum)
-
-
-@contextlib.contextmanager
-def _stop_signals(mesh: jax.sharding.Mesh) -> Iterator[_Stop]:
-    """Notes the first SIGINT or SIGTERM, for the loop to act on between two steps; a second one interrupts."""
-    stop = _Stop(mesh)
-    if threading.current_thread() is not threading.main_thread():  # only there does Python allow handlers
-        yield stop
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        now = time.monotonic()
-        if stop.signum and now > stop.seconds + ONE_SIGNAL_SECONDS:
-            raise Interrupted(signum)
-        if not stop.signum:
-            stop.signum, stop.seconds = signum, now
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 _last_model: weakref.ref[LanguageModel] | None = None

@@ -277,6 +277,7 @@ def test_the_checkpoint_of_four_processes_continues_on_one_device_on_eight_and_i
     four.done()
     longer = f"{flags[1]}=12"
     unsplit = launch("unsplit", flags[0], longer, count=1).done()
+    assert llm_jax.load(four.workdir).generate("the ", max_new_tokens=4)
     for name, how in {
         "one": dict(count=1),
         "eight": dict(count=1, devices=8),

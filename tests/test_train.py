@@ -18,12 +18,13 @@ from conftest import error_of, only_one_device, tiny_config
 from ml_collections import ConfigDict
 
 import llm_jax
-from llm_jax import checkpoint, programs, train, train_step
-from llm_jax.config import as_dict
+from llm_jax import checkpoint, programs, sharding, stopping, train, train_step
+from llm_jax.config import MeshConfig, as_dict
 from llm_jax.config_rules import freeze
 from llm_jax.errors import InputError
+from llm_jax.stopping import Interrupted, Stopped, stop_signals
 from llm_jax.tokenizers import train_bpe
-from llm_jax.train import Stopped, fit
+from llm_jax.train import fit
 
 STEPS = 6  # evaluations at 3 and 6, checkpoints (which evaluate too) at 2, 4 and 6
 TRAINING_KEYS = ["step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "wall_seconds"]
@@ -639,12 +640,15 @@ def test_a_mistake_is_told_before_anything_is_written(config, tmp_path):
     assert not workdir.exists()
 
 
-def test_a_first_signal_is_noted_and_a_second_interrupts():
+def test_a_first_signal_is_noted_and_a_second_interrupts(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
-    with train._stop_signals() as stop:
+    with stop_signals(sharding.make_mesh(MeshConfig(), jax.devices())) as stop:
+        assert stop.agreed() == 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signum == signal.SIGTERM
-        with pytest.raises(train.Interrupted, match="last checkpoint") as interrupted:
+        os.kill(os.getpid(), signal.SIGTERM)  # the same one, passed on by a parent
+        assert stop.agreed() == signal.SIGTERM
+        monkeypatch.setattr(stopping, "ONE_SIGNAL_SECONDS", -1)
+        with pytest.raises(Interrupted, match="last checkpoint") as interrupted:
             os.kill(os.getpid(), signal.SIGTERM)
         assert interrupted.value.signum == signal.SIGTERM  # the exit code's
     assert signal.getsignal(signal.SIGINT) == before
@@ -654,10 +658,10 @@ def test_training_in_a_thread_goes_without_signal_handlers():
     noted = []
 
     def run():
-        with train._stop_signals() as stop:
-            noted.append(stop.signum)
+        with stop_signals(sharding.make_mesh(MeshConfig(), jax.devices())) as stop:
+            noted.append(stop.agreed())
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert noted == [None]
+    assert noted == [0]
