@@ -87,12 +87,20 @@ def test_an_inner_loop_that_the_turn_decides_is_told_of():
     assert len(found.unknown_loops) == 1 and found.flops == 4 * PRODUCT
 
 
-def test_the_dearest_branch():
+def test_the_dearest_branch_or_the_cheapest():
     def branches(i, x, w):
         return jax.lax.switch(i, [lambda x: x, lambda x: jnp.tanh(x @ w) @ w, lambda x: x @ w], x)
 
     found = cost(branches, jax.ShapeDtypeStruct((), jnp.int32), (M, K), (K, K))
     assert found.flops == 2 * PRODUCT
+    assert cost(branches, jax.ShapeDtypeStruct((), jnp.int32), (M, K), (K, K), cheapest_branch=True).flops == 0
+
+
+def test_steps_are_all_that_is_executed():
+    found = cost(product_chain, (M, K), (K, K))
+    assert sum(step.flops for step in found.steps) == found.flops == 5 * PRODUCT
+    assert sum(step.bytes for step in found.steps) == found.bytes
+    assert not any(step.in_background or step.sent for step in found.steps)
 
 
 def test_flops_by_module():
