@@ -14,16 +14,16 @@ class Chip:
     """Peak rates of one chip, from Google Cloud's pages on each TPU (2025)."""
 
     flops: float  # of bfloat16 products, a second
-    memory_bytes: float
+    memory_bytes: float  # that a program may have, as libtpu says where one needs more
     memory_bandwidth: float  # bytes a second
     link_bandwidth: float  # bytes a second that it sends to others, over all of its links
 
 
 CHIPS = {
     "v4": Chip(275e12, 32e9, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32e9, 1640e9, 448e9),
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 448e9),
 }
 
 

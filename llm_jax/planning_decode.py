@@ -120,7 +120,7 @@ def _part(cfg: Config, topology: Topology, name: str, lowered: jax.stages.Lowere
     return Part(
         tokens,
         seconds,
-        compiled.memory_analysis().temp_size_in_bytes,
+        planning.temporary_bytes(compiled),
         planning.temporary(parsed),
         planning.peak_bytes(compiled),
         cost.flops,
