@@ -20,7 +20,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1228e9, 300e9),
+    "v4": Chip(275e12 / 2, 15.25 * 2**30, 1228e9 / 2, 300e9 / 2),  # libtpu has each of its two cores as a device
     "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 200e9),
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 600e9),
     "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 448e9),
