@@ -75,7 +75,8 @@ def plan_decode(
     """Compiles prefill and decode of the sampler for the topology's first device, and reads what they do.
 
     The decode program is that of the last tokens, with the longest cache. Where what is asked for decides what is
-    computed, it is the cheapest: greedy, without penalties.
+    computed, it is the cheapest: greedy, without penalties. Flops are of products of matrices: attention of a single
+    query, which a TPU's compiler gives to the vector unit, has none there.
 
     Args:
         weights, cache_dtype: as of `llm_jax.sample`.

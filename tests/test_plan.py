@@ -101,8 +101,10 @@ def test_the_command(commands):
         (["--config=configs/tiny.py"], ["--topology"]),
         (["--config=configs/tiny.py", "--topology=cpu:2", "--config.mesh.fsdp=3"], ["mesh.fsdp (3)", "(2)"]),
         (["--config=configs/tiny.py", "--topology=v5p:9x9x9"], ["v5p:9x9x9"]),
+        (["--config=configs/tiny.py", "--topology=cpu:2", "--decode", "--search"], ["--search", "--decode"]),
+        (["--config=configs/tiny.py", "--topology=cpu:2", "--search", "--json"], ["--search", "--json"]),
     ],
-    ids=["no config", "no topology", "mesh", "no such shape"],
+    ids=["no config", "no topology", "mesh", "no such shape", "decode and search", "search and json"],
 )
 def test_a_mistake_is_one_line(commands, arguments, words):
     ran = commands.run("plan", *arguments, cwd=REPOSITORY)

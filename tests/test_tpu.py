@@ -154,11 +154,10 @@ def test_a_plan_of_decoding_on_one_chip(cfg):
     assert plan.fits and plan.peak > plan.weights + plan.cache
     m = cfg.model
     weights = model.train_flops_per_token(m, 1) / 6 - 12 * m.n_head * m.head_dim * m.n_layer / 12
-    attention = 4 * m.n_head * m.head_dim * m.n_layer
-    chunk = plan.decode.tokens // 8
-    # The cache has the bucket of 200 tokens, 256, and each call's own apart from it.
-    assert plan.decode.flops == pytest.approx(8 * chunk * (2 * weights + attention * (256 + chunk)), rel=0.02)
+    # Attention of a single query is no product of matrices there: the compiler gives it to the vector unit.
+    assert plan.decode.flops == pytest.approx(plan.decode.tokens * 2 * weights, rel=0.02)
     # Attention's kernel has whole blocks of the prompt's bucket, 128 tokens.
+    attention = 4 * m.n_head * m.head_dim * m.n_layer
     in_layers = weights - m.vocab_size * m.n_embd
     formula = 8 * (128 * (2 * in_layers + attention * 128) + 2 * m.vocab_size * m.n_embd)
     assert plan.prefill.flops == pytest.approx(formula, rel=0.02)
