@@ -95,8 +95,8 @@ def _launched(environ: Mapping[str, str]) -> tuple[int, dict[str, Any]] | None:
     if all(name in environ for name in OPEN_MPI):
         count, rank = (int(environ[name]) for name in OPEN_MPI)
         return count, {"num_processes": count, "process_id": rank}
-    hosts = next((environ[name] for name in TPU_HOSTS if name in environ), None)
-    if hosts is not None:
+    hosts = next((environ[name] for name in TPU_HOSTS if name in environ), "")
+    if re.fullmatch(r"[\w.:,-]+", hosts):  # where libtpu knows none, it writes a warning there
         return len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1), {}
     return None
 

@@ -57,8 +57,9 @@ GKE = {"TPU_WORKER_HOSTNAMES": "tpu-0.svc,tpu-1.svc,tpu-2.svc,tpu-3.svc", "TPU_W
         (GKE, 4),
         (GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}, 8),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),  # Colab
+        ({"TPU_WORKER_HOSTNAMES": "WARNING: no hostnames or IP addresses, please set it manually"}, None),
     ],
-    ids=["alone", "Slurm", "one task", "sbatch", "Open MPI 4", "GKE", "two slices", "Colab"],
+    ids=["alone", "Slurm", "one task", "sbatch", "Open MPI 4", "GKE", "two slices", "Colab", "libtpu alone"],
 )
 def test_a_launcher_is_found_by_its_variables_and_jax_left_to_find_the_rest(environ, num_processes):
     cluster = find(environ)
