@@ -221,7 +221,7 @@ class _Batches:
 
     @staticmethod
     def _shape(batch_size: int, cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-        return dict(block_size=cfg.seq_len, batch_size=batch_size, rows=hosts.local_rows(mesh, batch_size))
+        return dict(block_size=cfg.seq_len, batch_size=batch_size, rows=hosts.local_rows(mesh, batch_size).tolist())
 
     def train(self, step: int) -> data.Batch:
         """Of the step that makes `step` finished updates: one, or the runs' own on a leading axis."""

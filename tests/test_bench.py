@@ -170,6 +170,7 @@ def test_without_torch(run_python, tmp_path, arguments, files, reason):
     assert measured and not measured.keys() & {"transformers eager", "transformers compiled", "torch SDPA"}
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_no_traceback(commands, tmp_path):
     endless = ["--shapes=B1T64N1H8", "--rounds=1000000", "--steps=1", "--peers=none"]
     process = commands.start("bench", "attention", *endless, cwd=tmp_path)

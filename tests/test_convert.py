@@ -24,6 +24,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_goes_through_every_format_and_comes_back_bitwise(commands, run, tmp_path):
     expected = llm_jax.load(run)
     places = ["hf", "model.gguf", "again", "model.bin", "last", "back"]

@@ -112,6 +112,7 @@ def test_a_persons_own_number_of_devices_stays():
     assert devices({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, rows=64) is None
 
 
+@pytest.mark.slow
 def test_the_training_command_takes_its_cores_as_devices(clean_env, tmp_path):
     """In a process of its own, for jax reads their number as it is imported."""
     command = [sys.executable, "-m", "llm_jax.main", f"--config={REPOSITORY / 'configs/tiny.py'}"]

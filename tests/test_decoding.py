@@ -68,6 +68,7 @@ def compilations():
     jax.monitoring.clear_event_listeners()
 
 
+@pytest.mark.slow
 def test_200_lengths_and_settings_compile_a_program_for_each_bucket(compilations):
     """Of prompts from 1 to 200 tokens there are five buckets, of caches for 11 to 210 tokens two."""
     program, params = make()
@@ -157,6 +158,7 @@ def test_logprobs_are_the_unmodified_models():
         np.testing.assert_allclose([*top.values()], np.sort(row)[::-1][:4], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_in_int8_continues_nearly_alike():
     """Greedy, of logits that are far apart: int8 keys and values turn few of them around."""
     program, params = make()

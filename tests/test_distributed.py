@@ -180,6 +180,7 @@ def same(losses, others):
         assert others[key] == pytest.approx(loss, rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(launch):
     steps = "--config.train.num_steps=6"
     alone = launch("alone", steps, count=1).done()

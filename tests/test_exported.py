@@ -56,6 +56,7 @@ def test_it_continues_as_the_model_does(lm, folder):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rounded_weights_and_cache_go_along(tiny_run, tmp_path):
     lm = llm_jax.load(tiny_run, weights="int8", cache_dtype="int8")
     lm.export(tmp_path / "small")
@@ -65,6 +66,7 @@ def test_rounded_weights_and_cache_go_along(tiny_run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_it_runs_without_model_code(run_python, lm, folder):
     code = f"""
 import llm_jax, sys
@@ -77,6 +79,7 @@ print([name for name in sys.modules if name in ("llm_jax.model", "llm_jax.engine
     assert text == repr(lm.generate("the ", temperature=0.0)) and modules == "[]"
 
 
+@pytest.mark.slow
 def test_programs_for_other_platforms(lm, tmp_path):
     """They are made here, and refused where they can't run."""
     lm.export(tmp_path / "both", platforms=["cpu", "cuda", "tpu"])

@@ -47,6 +47,7 @@ def test_the_text_is_the_one_without_guesses(noise, number):
     assert rows == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [dict(use_rope=False), dict(layer_types=("sliding", "full"), window=6)], ids=str)
 def test_learned_positions_and_windows(values):
     """A rejected guess leaves nothing in a ring of a few slots; the last guesses may lie past the last position."""

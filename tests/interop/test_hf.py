@@ -31,6 +31,7 @@ def greedy(reference, prompts):
     return out.sequences[:, longest:].numpy(), torch.stack(out.logits, 1)[..., :256]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, i", FIRST_FAST)
 def test_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(name, i):
     """As text of several lengths here, padded on the left there; up to where two tokens are nearly as likely."""

@@ -70,6 +70,7 @@ def test_its_tokenizer_is_written_as_it_was_read(path):
     np.testing.assert_array_equal(written["tokenizer.ggml.token_type"], metadata["tokenizer.ggml.token_type"])
 
 
+@pytest.mark.slow
 def test_it_answers(lm):
     sample = lm.generate_detailed(QUESTION, max_new_tokens=30, temperature=0.0)[0]
     assert "Paris" in sample.text[len(QUESTION) - 50 :] and sample.stop_reason == "stop_token"
