@@ -354,7 +354,7 @@ def test_a_finished_run_is_returned_untouched_with_every_key_that_may_differ(
         "train.micro_batch": 4,
         "mesh.data": 1,
         "train.num_steps": 5,
-    } | {f"mesh.{axis}": 1 for axis in ("fsdp", "tensor", "context", "expert")}
+    } | {f"mesh.{axis}": 1 for axis in ("fsdp", "tensor", "context", "expert", "num_slices")}
     assert {*changes, "data.source"} == train.MAY_DIFFER  # with a path it is "text": the next test changes it
     before = (workdir / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(train.data, "train_batches", lambda *args, **kwargs: [])  # no batch to train on
