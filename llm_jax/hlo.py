@@ -87,6 +87,7 @@ class Program:
     computations: dict[str, Computation]
     entry: Computation
     num_devices: int
+    donated: frozenset[int] = frozenset()  # parameters of `entry` in whose place results may lie
 
     def all_called(self, instruction: Instruction, attribute: str) -> list[Computation]:
         return [self.computations[name] for name in instruction.called(attribute)]
@@ -120,7 +121,9 @@ def parse(text: str) -> Program:
         raise ValueError("the text of a compiled program has an ENTRY computation; this has none")
     first_line = text.split("\n", 1)[0]
     counts = [re.search(rf"{name}=(\d+)", first_line) for name in ("num_partitions", "replica_count")]
-    return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, \w+=", first_line)
+    donated = frozenset(int(number) for number in re.findall(r": \((\d+),", aliases[1] if aliases else ""))
+    return Program(computations, entry, math.prod(int(count[1]) for count in counts if count), donated)
 
 
 def _statements(text: str) -> Iterator[str]:

@@ -32,6 +32,32 @@ def test_arrays_lie_there_until_they_are_needed_no_more():
     assert names == ["jit(f)/mlp/concatenate", "jit(f)/mlp/concatenate", "jit(f)/attn/neg"]
 
 
+# The larger part of a pair ends with c; d lies where c does, which nothing else needs.
+PAIR = """HloModule pair, is_scheduled=true
+
+negated (a: f32[1024]) -> f32[1024] {
+  a = f32[1024]{0} parameter(0)
+  ROOT b = f32[1024]{0} negate(a)
+}
+
+ENTRY main (x: f32[256]) -> f32[256] {
+  x = f32[256]{0} parameter(0)
+  pair = (f32[256]{0}, f32[512]{0}) custom-call(x), custom_call_target="pair"
+  b = f32[512]{0} get-tuple-element(pair), index=1
+  c = f32[1024]{0} concatenate(b, b), dimensions={0}
+  d = f32[1024]{0} fusion(c), kind=kLoop, calls=negated
+  e = f32[2048]{0} concatenate(d, d), dimensions={0}
+  a = f32[256]{0} get-tuple-element(pair), index=0
+  ROOT f = f32[256]{0} custom-call(a, e), custom_call_target="end"
+}
+"""
+
+
+def test_what_ends_makes_room():
+    assert sizes(PAIR) == [("f32[2048]", 8192.0), ("f32[1024]", 4096.0), ("f32[256]", 1024.0)]
+    assert len(hlo_memory.at_peak(PAIR)[1].written_by) == 2
+
+
 LOOP = """HloModule loop, is_scheduled=true
 
 update (stack: f32[8,256], row: f32[1,256], i: s32[]) -> f32[8,256] {

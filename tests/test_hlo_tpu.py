@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llm_jax import config, data, hlo_cost, kernel_flops, programs, sharding
+from llm_jax import config, data, hlo_cost, hlo_memory, kernel_flops, planning, programs, sharding
 from llm_jax.config_file import load_file
 from llm_jax.config_rules import freeze
 from llm_jax.model import train_flops_per_token
@@ -94,6 +94,14 @@ def test_weights_that_go_round_while_they_are_multiplied(devices):
     whole = LAYERS * width * hidden * 2 * 7 / 8
     # Four times gathered, twice scattered; that in both directions at once takes a step more.
     assert 6 * whole <= sent < 1.3 * 6 * whole
+
+
+def test_temporary_memory_is_what_the_compiler_says(devices):
+    compiled = fsdp_step(devices, 4096, 16384, 1024, jnp.bfloat16)
+    arrays = hlo_memory.at_peak(compiled.as_text())
+    total = planning.temporary_bytes(compiled)
+    assert total > 8 * 128 * 2**20  # far more than VMEM holds
+    assert sum(array.bytes for array in arrays) == pytest.approx(total, rel=0.05)
 
 
 @pytest.mark.parametrize("layer_execution, remat", [("scan", "none"), ("unrolled", "none"), ("scan", "block")])

@@ -125,9 +125,6 @@ def test_fsdp_on_eight_chips_gathers_weights_and_scatters_the_sums_of_gradients(
     assert count == matrices + 1  # of the table that of the output: the look-up's gradient goes with the tokens'
     assert sent == pytest.approx(4 * sent_of * (in_layers + table), rel=0.01)
     assert plan.collectives["all-reduce"][1] < 0.01 * sent
-    # What lies in its temporary memory by the text of the program, beside what the compiler says.
-    assert 0.9 * plan.temporary < plan.held.bytes < 1.2 * plan.temporary
-    assert {"attn", "mlp", "lm_head"} <= set(plan.held.by_module)
     # One instruction after the other takes longer than any unit alone, and less than all units in turn.
     limits = plan.limits
     assert max(limits.flops, limits.links) < limits.in_turn < limits.flops + limits.memory + limits.links
