@@ -2,7 +2,7 @@
 
 An estimate: the text is in the order of execution, and what an instruction writes is taken to lie there from then to
 its last use, a fusion's in the place of an operand of its shape that ends there. The compiler's own total is
-`planning.temporary_bytes`; for training steps of Llama 3 on TPUs the two are within 2 %.
+`planning.temporary_bytes`; for training steps on TPUs the two were within 2 % of each other, of Mixtral 4 %.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ _IN_PLACE = ("dynamic-update-slice", "scatter")
 
 class _Walk:
     def __init__(self, program: Program, ends: dict[int, int]):
-        """`ends`: of arrays, numbered as they are met, when each is needed for the last time, as far as it is known."""
+        """`ends`: of arrays, numbered as they are met, when each is needed for the last time, if it is known."""
         self._program, self._time, self._places, self._ends = program, 0, [], ends
 
     def run(self) -> dict[int, int]:
