@@ -5,8 +5,8 @@ python -m llm_jax.plan --config=configs/llama3_70b.py --topology=v5p:4x4x8
 
 FOLDER holds text; tokenizer.json is Llama 3's.
 Parameters: 70,553,706,496, 68,452,360,192 without embeddings.
-Hardware: by llm_jax.plan it fits on v5p:4x4x8 (two sequences on a chip) and v6e:16x16 (one: 28.9 of 29.8 GiB), split
-by fsdp alone; flops are the bound, 77.6 % MFU.
+Hardware: by llm_jax.plan it fits on v5p:4x4x8 (two sequences on a chip) and v6e:16x16 (one, 23.4 of 31.2 GiB), split
+by fsdp alone.
 Time, score: not yet run.
 """
 

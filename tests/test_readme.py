@@ -61,3 +61,18 @@ def test_the_table_holds_nothing_but_records():
     table = re.search(r"<!-- results -->\n(.*?)<!-- end of results -->", README, re.DOTALL)[1]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(RECORDS) > 0
+
+
+def test_the_table_of_plans_is_the_record():
+    record = json.loads((ROOT / "tests" / "measured" / "plans.json").read_text())
+    for plan in record["repetitions"]:
+        cells = (
+            f"{plan['name']}, {plan['topology']}",
+            f"{plan['mfu']:.1%}",
+            f"{plan['published_mfu']:.1%}",
+            f"{plan['tokens_per_second_and_chip']:,.0f}",
+            f"{plan['published_tokens_per_second_and_chip']:,}",
+            f"{plan['peak'] / 2**30:.1f} of {plan['memory'] / 2**30:.1f}",
+            f"{plan['compile_seconds']:.0f} s",
+        )
+        assert f"| {' | '.join(cells)} |\n" in README

@@ -89,7 +89,7 @@ def test_small(clean_env, tmp_path):
     loss = rounded["int8"] - rounded[None]
     report(
         "int8",
-        "`configs/small.py`'s run with `weights=\"int8\"`: what rounding costs",
+        '`configs/small.py`\'s run with `weights="int8"`: what rounding costs',
         f"{loss:+.4f} bits per byte over 64 windows of the validation split",
         "small",
         [{"float32": rounded[None], "int8": rounded["int8"]}],
@@ -379,9 +379,7 @@ def test_bench_train(clean_env):
         assert all(0 < of["mfu"] < 1.1 for of in contenders.values())
         nanogpt = json.loads(run(clean_env, BESIDE_NANOGPT, os.environ["LLM_JAX_NANOGPT"], *changes)[0])
         beside = {
-            name: median(of["speedup_of_llm_jax"])
-            for name, of in (contenders | nanogpt).items()
-            if name != "llm_jax"
+            name: median(of["speedup_of_llm_jax"]) for name, of in (contenders | nanogpt).items() if name != "llm_jax"
         }
         ours = contenders["llm_jax"]
         figures.append(
@@ -483,3 +481,48 @@ def test_loss_memory(clean_env):
         [{"plain_bytes": plain, "chunked_bytes": chunked}],
     )
     assert plain >= 8 * chunked
+
+
+# name -> what is planned, and what MaxText measured: MFU and tokens a second and chip, of its docs'
+# reference/models/tiering.md (2026). On v6e it counted attention whole, twice what a causal text needs.
+PLANS = {
+    "Llama 3 8B": (("--config=configs/llama3_8b.py", "--config.train.batch_size=256"), "v6e:16x16", 0.4546, 7207),
+    "Llama 3 70B": (("--config=configs/llama3_70b.py",), "v6e:16x16", 0.5033, 960),
+    "Llama 2 70B": (
+        (
+            "--config=configs/llama3_70b.py",
+            "--config.model.vocab_size=32000",
+            "--config.model.block_size=4096",
+            "--config.train.batch_size=2048",
+        ),
+        "v5p:8x8x8",
+        0.654,
+        692,
+    ),
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu not installed")
+def test_plans(clean_env):
+    """Bounds of what MaxText has measured are above that, by at most 1.6 times, and in its order."""
+    plans, rows = [], []
+    for name, (flags, topology, published, speed) in PLANS.items():
+        plan = json.loads(run(clean_env, "-m", "llm_jax.plan", *flags, f"--topology={topology}", "--json")[0])
+        chips = math.prod(map(int, topology.split(":")[1].split("x")))
+        by_chip = plan["tokens_per_second"] / chips
+        plans.append(
+            plan
+            | dict(name=name, topology=topology, flags=flags, tokens_per_second_and_chip=by_chip)
+            | dict(published_mfu=published, published_tokens_per_second_and_chip=speed)
+        )
+        rows.append(f"{name} on {topology} {plan['mfu']:.1%}, where MaxText measured {published:.1%}")
+        assert plan["fits"] and 1 <= plan["mfu"] / published <= 1.6
+        assert 1 <= by_chip / speed <= 1.6
+    report(
+        "plans",
+        "Plans for TPUs that are not here: MFU at most, an upper bound and not a measurement",
+        "; ".join(rows),
+        "plans",
+        plans,
+    )
+    assert [plan["mfu"] for plan in plans] == sorted(plan["mfu"] for plan in plans)
