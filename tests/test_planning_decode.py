@@ -44,7 +44,7 @@ def test_bytes_of_weights_and_cache(planned):
 
 def test_a_step_reads_the_weights_and_the_cache_each_time(planned):
     least = 16 * (4 * (WEIGHTS + 128 * 64) + planned.cache)
-    assert least < planned.decode.traffic < 3 * least
+    assert least < planned.decode.traffic < 2 * least  # 2.7 times with the branches of penalties and draws
     assert planned.decode.limits.memory == pytest.approx(planned.decode.traffic / 1e9)
     assert planned.decode.tokens_per_second == pytest.approx(3 * 16 / planned.decode.limits.seconds)
 
