@@ -24,8 +24,12 @@ TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # on GKE, with co
 START_SECONDS = 300  # until all processes must have come
 HEARTBEAT_SECONDS = 15  # without a sign of life a process counts as lost: a killed one, or its machine
 LEAVE_SECONDS = 1  # in which the others receive what all have been told, such as that they stop
-TRY_AGAIN = getattr(os, "EX_TEMPFAIL", 75)  # exit code: the same command, once more, goes on
-PARENT = "LLM_JAX_PARENT"  # set for a child of `supervise`: a pipe that ends with its parent
+# Exit codes, as sysexits.h has them: the same command, once more, goes on; a bug, where 1 may be XLA's.
+TRY_AGAIN, BUG = 75, 70
+PARENT = "LLM_JAX_PARENT"  # set for a child of `supervise`: a socket that ends with its parent
+JOINED = b"1"  # what the child sends there when it has met the others
+
+_parent: socket.socket | None = None
 
 
 class PeerLost(RuntimeError):
@@ -104,23 +108,26 @@ def _launched(environ: Mapping[str, str]) -> tuple[int, dict[str, Any]] | None:
 def supervise(module: str) -> None:
     """Runs this command again as a child, and exits as it does, unless this is that child or no `python -m <module>`.
 
-    A process that loses another is ended by XLA, wherever it is, with SIGABRT and a trace: its parent says in one
-    line what that means.
+    A process that loses another is ended by XLA, wherever it is, with SIGABRT and a trace, or by older ones with exit
+    code 1 and a line of theirs: its parent says in one line what that means.
     """
+    global _parent
     if PARENT in os.environ:
-        _end_with_parent(int(os.environ.pop(PARENT)))
+        _parent = socket.socket(fileno=int(os.environ.pop(PARENT)))
+        threading.Thread(target=_end_with_parent, args=(_parent,), daemon=True).start()
         return
     if os.name != "posix" or not sys.executable or not cpu.started_as(module):
         return
-    reader, writer = os.pipe()  # the writing end is this process's alone: the system closes it, however this ends
-    os.set_inheritable(reader, True)
+    own, of_child = socket.socketpair()  # the system closes this end, however this process ends
     command = [sys.executable, *sys.orig_argv[1:]]
-    child = subprocess.Popen(command, env={**os.environ, PARENT: str(reader)}, pass_fds=[reader])
+    environ = {**os.environ, PARENT: str(of_child.fileno())}
+    child = subprocess.Popen(command, env=environ, pass_fds=[of_child.fileno()])
+    of_child.close()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: child.send_signal(signum))
     code = child.wait()
-    os.close(writer)
-    if code == -signal.SIGABRT:
+    has_joined = own.recv(1) == JOINED  # b"" from a child that has ended before
+    if code == -signal.SIGABRT or (code == 1 and has_joined):
         print(
             "error: this process lost the others of its run, or never met them; start all of them again with the "
             "same command: a run goes on from its last checkpoint",
@@ -132,13 +139,10 @@ def supervise(module: str) -> None:
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _end_with_parent(pipe: int) -> None:
-    def wait() -> None:
-        with contextlib.suppress(OSError):
-            os.read(pipe, 1)  # returns when the other end is closed
-        os._exit(TRY_AGAIN)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _end_with_parent(parent: socket.socket) -> NoReturn:
+    with contextlib.suppress(OSError):
+        parent.recv(1)  # returns when the other end is closed
+    os._exit(TRY_AGAIN)
 
 
 def start(cluster: Cluster) -> None:
@@ -159,6 +163,8 @@ def start(cluster: Cluster) -> None:
     jax.distributed.initialize(
         **cluster.arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
     )
+    if _parent is not None:
+        _parent.send(JOINED)
     if jax.process_index():
         progress.say_nothing()
 

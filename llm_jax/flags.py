@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from llm_jax.distributed import TRY_AGAIN, PeerLost, is_started, leave
+from llm_jax.distributed import BUG, TRY_AGAIN, PeerLost, is_started, leave
 from llm_jax.errors import InputError
 from llm_jax.progress import silence_standard_output
 
@@ -53,7 +53,7 @@ def run(main: Callable[..., Any], *, subcommands: Sequence[str] = (), arguments:
             if not is_started():
                 raise
             traceback.print_exc()
-            leave(1)
+            leave(BUG)
 
     app.run(guarded, flags_parser=functools.partial(parse, subcommands=subcommands, arguments=arguments))
 
