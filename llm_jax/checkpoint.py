@@ -16,6 +16,9 @@ from orbax.checkpoint import checkpoint_managers
 from llm_jax.errors import InputError
 
 
+SAVE_SECONDS = 600  # that processes wait for each other at a save: where one can't write, the others would for ever
+
+
 def open_checkpoints(folder: str | Path, *, keep: int = 1, create: bool = True) -> ocp.CheckpointManager:
     """A manager that keeps the newest `keep` checkpoints and the one with the lowest val_loss."""
     policy = checkpoint_managers.AnyPreservationPolicy(
@@ -31,6 +34,7 @@ def open_checkpoints(folder: str | Path, *, keep: int = 1, create: bool = True) 
         best_fn=_val_loss,  # without it orbax does not write metrics
         best_mode="min",
         create=create,
+        async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
     )
     return ocp.CheckpointManager(Path(folder).resolve(), options=options)
 

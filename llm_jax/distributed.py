@@ -26,6 +26,10 @@ HEARTBEAT_SECONDS = 15  # without a sign of life a process counts as lost: a kil
 LEAVE_SECONDS = 1  # in which the others receive what all have been told, such as that they stop
 # Exit codes, as sysexits.h has them: the same command, once more, goes on; a bug, where 1 may be XLA's.
 TRY_AGAIN, BUG = 75, 70
+REMEDY = (
+    "unless one of them tells of a mistake, start all of them again with the same command: a run goes on from its "
+    "last checkpoint"
+)
 PARENT = "LLM_JAX_PARENT"  # set for a child of `supervise`: a socket that ends with its parent
 JOINED = b"1"  # what the child sends there when it has met the others
 
@@ -60,8 +64,10 @@ def find(
     Raises:
         InputError: the flags are not complete, or contradict each other.
     """
-    if coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-        raise InputError(f"--coordinator ({coordinator!r}) must be HOST:PORT of process 0, such as 10.0.0.1:1234")
+    if coordinator is not None:
+        port = re.fullmatch(r".+:([0-9]{1,5})", coordinator)
+        if port is None or not 0 < int(port[1]) < 2**16:
+            raise InputError(f"--coordinator ({coordinator!r}) must be HOST:PORT of process 0, such as 10.0.0.1:1234")
     told = _launched(environ)
     given = {"num_processes": num_processes, "process_id": process_id}
     if told is None and any(value is not None for value in given.values()):
@@ -83,8 +89,6 @@ def find(
     for name, value in given.items():
         if value is not None:
             raise InputError(f"--{name} ({value}): the launcher of this process tells it already; leave it out")
-    if count == 1:
-        return None
     if coordinator is not None:
         return Cluster(count, arguments | {"coordinator_address": coordinator})
     if OPEN_MPI[0] in environ and arguments and OPEN_MPI_ADDRESS not in environ:
@@ -93,15 +97,17 @@ def find(
 
 
 def _launched(environ: Mapping[str, str]) -> tuple[int, dict[str, Any]] | None:
-    """How many processes a launcher has started, and what it tells of them that jax does not find itself."""
-    if all(name in environ for name in SLURM):
-        return int(environ["SLURM_NTASKS"]), {}
-    if all(name in environ for name in OPEN_MPI):
+    """How many processes a launcher has started, if several, and what it tells that jax does not find itself."""
+    if all(name in environ for name in OPEN_MPI):  # before Slurm, under which mpirun may run
         count, rank = (int(environ[name]) for name in OPEN_MPI)
-        return count, {"num_processes": count, "process_id": rank}
+        return (count, {"num_processes": count, "process_id": rank}) if count > 1 else None
+    if all(name in environ for name in SLURM):
+        count = int(environ["SLURM_NTASKS"])
+        return (count, {}) if count > 1 else None
     hosts = next((environ[name] for name in TPU_HOSTS if name in environ), "")
     if re.fullmatch(r"[\w.:,-]+", hosts):  # where libtpu knows none, it writes a warning there
-        return len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1), {}
+        count = len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+        return (count, {}) if count > 1 else None
     return None
 
 
@@ -123,16 +129,21 @@ def supervise(module: str) -> None:
     environ = {**os.environ, PARENT: str(of_child.fileno())}
     child = subprocess.Popen(command, env=environ, pass_fds=[of_child.fileno()])
     of_child.close()
+    passed_on: list[int] = []
+
+    def pass_on(signum: int, frame: Any) -> None:
+        passed_on.append(signum)
+        child.send_signal(signum)
+
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: child.send_signal(signum))
+        signal.signal(signum, pass_on)
     code = child.wait()
     has_joined = own.recv(1) == JOINED  # b"" from a child that has ended before
     if code == -signal.SIGABRT or (code == 1 and has_joined):
-        print(
-            "error: this process lost the others of its run, or never met them; start all of them again with the "
-            "same command: a run goes on from its last checkpoint",
-            file=sys.stderr,
-        )
+        if passed_on:  # to the others as well: who was compiling lost them
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + passed_on[0])
+        print(f"error: this process lost the others of its run, or never met them; {REMEDY}", file=sys.stderr)
         sys.exit(TRY_AGAIN)
     if code < 0:
         print(f"error: ended by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
@@ -156,17 +167,39 @@ def start(cluster: Cluster) -> None:
     # Gloo writes a line to standard output for each group of processes: it goes to standard error.
     results = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdout = open(results, "w", errors="replace")
+    sys.stdout = open(results, "w", encoding=sys.stdout.encoding, errors="replace")
     address, process_id = (cluster.arguments.get(name) for name in ("coordinator_address", "process_id"))
-    if address is not None and process_id:
-        _wait_for(address)
-    jax.distributed.initialize(
-        **cluster.arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-    )
+    if address is not None:
+        _find_host(address)
+        if process_id:
+            _wait_for(address)
+    try:
+        jax.distributed.initialize(
+            **cluster.arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the processes can't be started ({reason}); give --coordinator with a free port of process 0's machine, "
+            "--num_processes and --process_id"
+        ) from None
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has put a handler of its own there
+    if cluster.num_processes not in (None, jax.process_count()):
+        raise InputError(
+            f"--num_processes ({cluster.num_processes}) must be the same for all; process 0 has {jax.process_count()}"
+        )
     if _parent is not None:
         _parent.send(JOINED)
     if jax.process_index():
         progress.say_nothing()
+
+
+def _find_host(address: str) -> None:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise InputError(f"--coordinator ({address!r}): there is no host {host!r} ({error.strerror})") from None
 
 
 def _wait_for(address: str) -> None:
@@ -177,7 +210,7 @@ def _wait_for(address: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if time.monotonic() > until:
                 raise InputError(
                     f"process 0 does not answer at {address} ({error}); start it, or give its --coordinator"
@@ -191,10 +224,12 @@ def is_started() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """Ends this process as sys.exit does; one of several soon, without waiting for the others to end too."""
     if is_started():
-        time.sleep(LEAVE_SECONDS)
-        sys.stdout.flush(), sys.stderr.flush()
+        if not at_once:
+            time.sleep(LEAVE_SECONDS)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(code)
     sys.exit(code)

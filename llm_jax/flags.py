@@ -42,7 +42,7 @@ def run(main: Callable[..., Any], *, subcommands: Sequence[str] = (), arguments:
             _mistake(error)
         except PeerLost as error:
             print(f"error: {error}", file=sys.stderr)
-            leave(TRY_AGAIN)
+            leave(TRY_AGAIN, at_once=True)  # before XLA ends it with a trace
         except BrokenPipeError:  # who read our output has had enough: `... | head`
             silence_standard_output()  # else Python complains at its own exit
             leave(128 + signal.SIGPIPE)

@@ -1,12 +1,14 @@
 """One run on several processes, each with its own devices: what they must have in common, and what each has."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import re
+import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import sharding
-from llm_jax.distributed import PeerLost
+from llm_jax.distributed import REMEDY, PeerLost
 from llm_jax.errors import InputError
 
 # What errors say when another process does not answer: Gloo's, NCCL's, and the coordination service's.
@@ -59,14 +61,20 @@ def check_same(values: Mapping[str, str]) -> None:
 
 
 def check_shared(workdir: Path) -> None:
-    """Raises InputError, in all processes, where one does not see the config.json that the first has written."""
+    """Raises InputError, in all processes, where one does not see the file that the first writes into the folder."""
     if jax.process_count() == 1:
         return
-    agree(0)  # it has by now
+    number = secrets.randbelow(2**31)
+    if is_first():
+        (workdir / f".{number}.tmp").touch()
+    file = workdir / f".{agree(number)}.tmp"
     until = time.monotonic() + SEEN_SECONDS
-    while not (seen := (workdir / "config.json").is_file()) and time.monotonic() < until:
-        time.sleep(1)
-    if 0 in (there := of_all(float(seen))):
+    while not (seen := file.is_file()) and time.monotonic() < until:
+        time.sleep(0.5)
+    there = of_all(float(seen))
+    if is_first():
+        file.unlink()
+    if 0 in there:
         raise InputError(
             f"workdir {str(workdir)!r} of process {there.index(0)} is not that of process 0; give a folder that all "
             "of them see"
@@ -110,14 +118,18 @@ def everywhere(tree: Any, mesh: Mesh) -> Any | None:
         return jax.tree.map(
             lambda leaf: jax.device_put(leaf, min(leaf.devices(), key=lambda device: device.id)), tree
         )
-    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(tree)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), _replicate(mesh)(tree))
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
 
 
 class Votes:
     """A number that each process may change, and the largest of them, which all learn at the same call.
 
-    It is the largest of `behind` calls ago: nobody waits for it.
+    It is the largest of `behind` calls ago: nobody waits for it, but with `now`.
     """
 
     def __init__(self, mesh: Mesh, *, behind: int) -> None:
@@ -126,11 +138,13 @@ class Votes:
         self._largest = jax.jit(lambda votes: votes.max(), out_shardings=sharding.replicated(mesh))
         self._cast: deque[jax.Array] = deque()
 
-    def largest(self, number: int) -> int:
+    def largest(self, number: int, *, now: bool = False) -> int:
         if jax.process_count() == 1:
             return number
         vote = np.full(1, number, np.int32)
         self._cast.append(self._largest(jax.make_array_from_callback((self._count,), self._at, lambda index: vote)))
+        if now:
+            return max(int(each) for each in self._cast)
         return int(self._cast.popleft()) if len(self._cast) > self._behind else 0
 
 
@@ -142,8 +156,12 @@ def noticing_loss() -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # some of jaxlib's errors are turned into ValueError
         if jax.process_count() == 1 or isinstance(error, InputError) or not LOST.search(str(error)):
             raise
+        reason = " ".join(str(error).split())[:120]
+        what = (
+            "lost another"
+            if "DEADLINE" not in str(error)
+            else "waited too long for another, as where a disk is full,"
+        )
         raise PeerLost(
-            f"process {jax.process_index()} lost another of the {jax.process_count()} processes "
-            f"({' '.join(str(error).split())[:120]}); start all of them again with the same command: the run goes on "
-            "from its last checkpoint"
+            f"process {jax.process_index()} {what} of the {jax.process_count()} processes ({reason}); {REMEDY}"
         ) from error

@@ -68,7 +68,7 @@ class Runs:
             try:
                 yield
             except PeerLost:
-                stack.pop_all()  # closing would wait for the one that is gone
+                stack.pop_all()  # not to be closed
                 raise
 
     def last_step(self) -> int | None:

@@ -40,9 +40,9 @@ class Stop:
         self.signum, self.seconds = 0, -math.inf
         self._votes = hosts.Votes(mesh, behind=IN_FLIGHT)
 
-    def agreed(self) -> int:
-        """The signal to stop for, in all processes at the same call; 0: none."""
-        return self._votes.largest(self.signum)
+    def agreed(self, *, now: bool = False) -> int:
+        """The signal to stop for, in all processes at the same call; 0: none. With `now` those that just came too."""
+        return self._votes.largest(self.signum, now=now)
 
 
 @contextlib.contextmanager

@@ -111,18 +111,17 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
             runs.write(tokenizer)
         hosts.check_shared(workdir)
         stack.enter_context(runs.open_checkpoints())
-        stack.enter_context(hosts.noticing_loss())
-        saved_step = runs.last_step()
-        first_step = saved_step or 0
+        stack.enter_context(hosts.noticing_loss())  # before the checkpoints are closed, which would wait for the lost
+        first_step = hosts.agree(runs.last_step() or 0)
         if first_step < cfg.train.num_steps:
             programs = _compile_ahead(programs, batches, stack)
-        if saved_step is None:
+        if first_step == 0:
             state = programs.init()
             if start.source is not None:
                 placed = programs.placed.params
                 state = state._replace(params=runs.all_from(start.params(placed), placed))
         else:
-            state = runs.restore(saved_step, jax.eval_shape(programs.init), programs.placed)
+            state = runs.restore(first_step, jax.eval_shape(programs.init), programs.placed)
         is_done = any("val_loss_full" in line for line in read_metrics(workdir))
         if first_step < cfg.train.num_steps or not hosts.agree(is_done):
             if first_step:
@@ -271,7 +270,8 @@ class _Loop:
                     for step, batch in _ahead(pool, self._batches.train, steps):
                         if profiled and step == profiled[0]:
                             self._finish_steps()
-                            trace.enter_context(jax.profiler.trace(str(self._workdir / "profile")))
+                            if hosts.is_first():
+                                trace.enter_context(jax.profiler.trace(str(self._workdir / "profile")))
                         state, metrics = self._programs.train_step(state, batch)
                         self._in_flight.append((step, metrics))
                         stopping = stop.agreed()
@@ -295,7 +295,7 @@ class _Loop:
                             self._print_sample(state, self._diverged.index(False))
                         if step == steps[0] or traced or evaluates or samples:
                             self._clock.restart(step)  # compiling, evaluating and the like are not training speed
-                    if stopping := stop.agreed():  # it came while the last step was evaluated and saved
+                    if stopping := stop.agreed(now=True):  # it came while the last step was evaluated and saved
                         raise Stopped(stopping, num_steps, self._workdir)
                 # A run may be told to end before the step it has reached.
                 whole = self._evaluate(max(first_step, num_steps), state, whole=True)

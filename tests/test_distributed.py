@@ -57,9 +57,21 @@ GKE = {"TPU_WORKER_HOSTNAMES": "tpu-0.svc,tpu-1.svc,tpu-2.svc,tpu-3.svc", "TPU_W
         (GKE, 4),
         (GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}, 8),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),  # Colab
+        (SLURM | {"SLURM_NTASKS": "1"} | OPEN_MPI, 4),
         ({"TPU_WORKER_HOSTNAMES": "WARNING: no hostnames or IP addresses, please set it manually"}, None),
     ],
-    ids=["alone", "Slurm", "one task", "sbatch", "Open MPI 4", "GKE", "two slices", "Colab", "libtpu alone"],
+    ids=[
+        "alone",
+        "Slurm",
+        "one task",
+        "sbatch",
+        "Open MPI 4",
+        "GKE",
+        "two slices",
+        "Colab",
+        "mpirun under Slurm",
+        "libtpu alone",
+    ],
 )
 def test_a_launcher_is_found_by_its_variables_and_jax_left_to_find_the_rest(environ, num_processes):
     cluster = find(environ)
@@ -72,6 +84,7 @@ def test_flags_say_what_no_launcher_does():
     assert find({}, **given) == distributed.Cluster(2, arguments)
     assert find({}, **given | {"num_processes": 1, "process_id": 0}) is None
     assert find({}, distributed=True) == distributed.Cluster(None, {})
+    assert find(SLURM | {"SLURM_NTASKS": "1"}, **given) == distributed.Cluster(2, arguments)  # a shell by srun
     arguments = {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 1}
     assert find(OPEN_MPI_5, coordinator="10.0.0.1:1234") == distributed.Cluster(4, arguments)
 
@@ -85,6 +98,7 @@ def test_flags_say_what_no_launcher_does():
         ({}, dict(coordinator="a:1"), "needs --num_processes and --process_id"),
         ({}, dict(coordinator="10.0.0.1", num_processes=2, process_id=0), "must be HOST:PORT"),
         ({}, dict(coordinator="a:1", num_processes=2, process_id=2), r"--process_id \(2\) must be from 0 to .*\(1\)"),
+        ({}, dict(coordinator="a:99999", num_processes=2, process_id=0), "must be HOST:PORT"),
         (SLURM, dict(num_processes=2), r"--num_processes \(2\): the launcher of this process tells it"),
         (OPEN_MPI_5, {}, "Open MPI does not tell where process 0 is; give --coordinator"),
     ],
@@ -97,6 +111,7 @@ def test_mistakes_in_flags_are_one_line(environ, given, message):
 def test_a_process_0_that_never_comes_is_one_line(monkeypatch):
     monkeypatch.setattr(distributed, "START_SECONDS", 0)
     assert "process 0 does not answer at 127.0.0.1:1 (" in error_of(distributed._wait_for, "127.0.0.1:1")
+    assert "there is no host 'no such'" in error_of(distributed._find_host, "no such:1")
 
 
 def free_port() -> int:
@@ -196,7 +211,7 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(launch):
     "count, flags",
     [
         (2, "--config.mesh.fsdp=2 --config.train.accumulation_steps=2"),
-        (2, "--config.mesh.context=2"),
+        (2, "--config.mesh.context=2 --config.model.dropout=0.2"),
         (2, "--config.train.seeds=2"),
         (4, "--config.mesh.fsdp=4"),
         (4, "--config.mesh.tensor=2 --config.mesh.fsdp=2"),
@@ -240,6 +255,7 @@ def test_a_kill_of_one_ends_the_others_in_one_line_and_the_same_command_continue
     assert codes[lost] == 128 + signal.SIGKILL and codes[1 - lost] == TRY_AGAIN
     last = both.text(1 - lost).splitlines()[-1]
     assert last.startswith("error: ") and "start all of them again with the same command" in last
+    assert when == "parameters" or both.text(1 - lost).count("error: ") == 1
     losses = launch("both", *steps).done()
     if lost == 0:
         assert losses == launch("unstopped", *steps).done()  # to the last bit
@@ -270,6 +286,28 @@ def test_a_signal_to_any_of_them_saves_and_stops_all_at_the_same_step(launch, to
     assert lines[0] == lines[1] and lines[0].startswith("stopped at step ")
     step = int(lines[0].split()[3].rstrip(","))
     assert (both.workdir / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_ends_them(launch):
+    both = launch("both", *LONG)
+    both.wait_for("training tokens")
+    both.processes[1].terminate()
+    codes = both.wait(60)
+    assert codes[1] == 128 + signal.SIGTERM and codes[0] in (TRY_AGAIN, 128 + signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_lost(launch):
+    """As one whose machine is gone: nothing closes its connections."""
+    both = launch("both", *LONG)
+    both.wait_for("step 20/")
+    os.kill(both.child(1), signal.SIGSTOP)
+    try:
+        assert both.processes[0].wait(30) == TRY_AGAIN
+    finally:
+        os.kill(both.child(1), signal.SIGKILL)
+    assert "lost the others of its run" in both.text(0).splitlines()[-1]
 
 
 @pytest.mark.slow

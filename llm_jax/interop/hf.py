@@ -36,7 +36,8 @@ class Safetensors:
                 file = safetensors.safe_open(folder / name, framework="numpy")
                 names = list(file.keys())
                 self._bytes |= _map(folder / name)
-            except (safetensors.SafetensorError, OSError) as error:
+            # The library takes some headers of another form than it writes.
+            except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
                 raise InputError(f"{folder / name} can't be opened as safetensors ({_one_line(error)})") from None
             for tensor in names:
                 if tensor in self._files:

@@ -1,8 +1,41 @@
 """Parameters of ours in foreign tensors."""
 
-import numpy as np
+import json
 
-from llm_jax.interop import tensors
+import numpy as np
+import pytest
+from conftest import error_of
+
+from llm_jax.interop import hf, tensors
+
+
+def write_safetensors(folder, header, data):
+    """A file with that header, whatever it says."""
+    raw = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+
+
+def test_a_safetensors_file_is_mapped_wherever_its_tensors_lie(tmp_path):
+    values = np.arange(6, dtype=np.float32)
+    header = {
+        "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "__metadata__": {"of": "a file whose header has an odd length " + "x" * 3},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]},
+        "none": {"dtype": "F32", "shape": [0], "data_offsets": [24, 24]},
+    }
+    for filling in range(4):
+        header["__metadata__"]["of"] += "x" * (filling > 0)
+        write_safetensors(tmp_path, header, values.tobytes())
+        file = hf.Safetensors(tmp_path)
+        np.testing.assert_array_equal(file.read("a"), values[:4].reshape(2, 2))
+        np.testing.assert_array_equal(file.read("b"), values[4:])
+        assert file.read("none").shape == (0,)
+
+
+@pytest.mark.parametrize("entry", [["F32", [4], [0, 16]], {"dtype": "F32", "shape": [4], "data_offsets": [0, 20]}])
+def test_a_header_of_another_form_is_an_error(entry, tmp_path):
+    write_safetensors(tmp_path, {"a": entry}, bytes(16))
+    assert "can't be opened as safetensors" in error_of(hf.Safetensors, tmp_path)
 
 
 def test_slices_read_nothing_else():
