@@ -146,9 +146,10 @@ def test_fsdp_over_a_torus_gathers_and_scatters_in_stages(topology_name):
     assert plan.collectives["all-reduce"][1] < 0.15 * sent
 
 
-def test_a_plan_of_decoding_on_one_chip(cfg):
+@pytest.mark.parametrize("topology_name", ["v5e:2x4", "v6e:2x4"])
+def test_decoding_on_one_of_eight_chips(cfg, topology_name):
     lengths = dict(batch_size=8, prompt_tokens=100, new_tokens=100)
-    plan = planning_decode.plan_decode(cfg, chips.find("v5e:1x1"), **lengths)
+    plan = planning_decode.plan_decode(cfg, chips.find(topology_name), **lengths)
     assert plan.fits and plan.peak > plan.weights + plan.cache
     m = cfg.model
     weights = model.train_flops_per_token(m, 1) / 6 - 12 * m.n_head * m.head_dim * m.n_layer / 12
