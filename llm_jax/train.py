@@ -112,16 +112,18 @@ def fit(config: ConfigDict | str | Path, *, workdir: str | Path) -> LanguageMode
         hosts.check_shared(workdir)
         stack.enter_context(runs.open_checkpoints())
         stack.enter_context(hosts.noticing_loss())  # before the checkpoints are closed, which would wait for the lost
-        first_step = hosts.agree(runs.last_step() or 0)
+        last_step = runs.last_step()
+        saved_step = hosts.agree(-1 if last_step is None else last_step)  # -1: none
+        first_step = max(saved_step, 0)
         if first_step < cfg.train.num_steps:
             programs = _compile_ahead(programs, batches, stack)
-        if first_step == 0:
+        if saved_step < 0:
             state = programs.init()
             if start.source is not None:
                 placed = programs.placed.params
                 state = state._replace(params=runs.all_from(start.params(placed), placed))
         else:
-            state = runs.restore(first_step, jax.eval_shape(programs.init), programs.placed)
+            state = runs.restore(saved_step, jax.eval_shape(programs.init), programs.placed)
         is_done = any("val_loss_full" in line for line in read_metrics(workdir))
         if first_step < cfg.train.num_steps or not hosts.agree(is_done):
             if first_step:
