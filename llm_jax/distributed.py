@@ -173,6 +173,8 @@ def start(cluster: Cluster) -> None:
         _find_host(address)
         if process_id:
             _wait_for(address)
+        else:
+            _check_port(address)
     try:
         jax.distributed.initialize(
             **cluster.arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -200,6 +202,16 @@ def _find_host(address: str) -> None:
         socket.getaddrinfo(host, None)
     except OSError as error:
         raise InputError(f"--coordinator ({address!r}): there is no host {host!r} ({error.strerror})") from None
+
+
+def _check_port(address: str) -> None:
+    """Of process 0, which listens there: jaxlib crashes where it can't."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise InputError(
+            f"--coordinator ({address!r}): process 0 can't listen there ({error.strerror}); give another port"
+        ) from None
 
 
 def _wait_for(address: str) -> None:

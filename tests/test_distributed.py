@@ -108,9 +108,12 @@ def test_mistakes_in_flags_are_one_line(environ, given, message):
     assert re.search(message, error_of(find, environ, **given))
 
 
-def test_a_process_0_that_never_comes_is_one_line(monkeypatch):
+def test_a_process_0_that_never_comes_or_cant_listen_is_one_line(monkeypatch):
     monkeypatch.setattr(distributed, "START_SECONDS", 0)
     assert "process 0 does not answer at 127.0.0.1:1 (" in error_of(distributed._wait_for, "127.0.0.1:1")
+    with socket.create_server(("", 0)) as server:
+        taken = f"127.0.0.1:{server.getsockname()[1]}"
+        assert "process 0 can't listen there" in error_of(distributed._check_port, taken)
     assert "there is no host 'no such'" in error_of(distributed._find_host, "no such:1")
 
 
