@@ -33,16 +33,15 @@ def workplace(tmp_path_factory, clean_env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("language", "code"),
-    [(language, code) for mark, language, code in BLOCKS if not mark],
-    ids=lambda text: text[:40],
-)
-def test_a_block_runs(workplace, language, code):
+def test_the_blocks_run_one_after_the_other(workplace):
+    """Some need what an earlier one has made."""
     folder, environment = workplace
-    command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for mark, language, code in BLOCKS:
+        if mark:
+            continue
+        command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
 def test_blocks_are_found():
