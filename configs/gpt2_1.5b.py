@@ -6,7 +6,7 @@ python -m llm_jax.plan --config=configs/gpt2_1.5b.py --topology=v5e:2x4
 FOLDER holds train.bin and val.bin, or shards, of uint16 tokens as nanoGPT or llm.c write them; tokenizer.json is
 GPT-2's.
 Parameters: 1,557,686,400, 1,475,561,600 without embeddings.
-Hardware: by llm_jax.plan it fits on v5e:2x4 (8.4 of 14.9 GiB), split by fsdp, four sequences on each chip at a time.
+Hardware: by llm_jax.plan it fits on v5e:2x4 (5.9 of 15.8 GiB), split by fsdp, four sequences on each chip at a time.
 Time, score: not yet run.
 """
 

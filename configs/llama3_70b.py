@@ -5,8 +5,8 @@ python -m llm_jax.plan --config=configs/llama3_70b.py --topology=v5p:4x4x8
 
 FOLDER holds text; tokenizer.json is Llama 3's.
 Parameters: 70,553,706,496, 68,452,360,192 without embeddings.
-Hardware: by llm_jax.plan it fits on v5p:4x4x8 (two sequences on a chip) and v6e:16x16 (one, 23.4 of 31.2 GiB), split
-by fsdp alone.
+Hardware: by llm_jax.plan it fits on v5p:4x4x8 (two sequences a chip, 41.0 of 95.7 GiB) and v6e:16x16 (one, 20.8 of
+31.2), split by fsdp alone.
 Time, score: not yet run.
 """
 

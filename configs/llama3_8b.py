@@ -5,8 +5,8 @@ python -m llm_jax.plan --config=configs/llama3_8b.py --topology=v5p:4x4x4
 
 FOLDER holds text; tokenizer.json is Llama 3's.
 Parameters: 8,030,261,248, 6,979,588,096 without embeddings.
-Hardware: by llm_jax.plan it fits on v5p:2x2x2 (eight sequences a chip), v5p:4x4x4 (one: 11.6 of 88.5 GiB) and, with
---config.train.accumulation_steps=4, v6e:4x4 (four, one at a time), each split by fsdp alone.
+Hardware: by llm_jax.plan it fits on v5p:2x2x2 (eight sequences a chip, 44.1 of 95.7 GiB), v5p:4x4x4 (one, 8.0)
+and, with --config.train.accumulation_steps=4, v6e:4x4 (four, one at a time, 16.7 of 31.2), each split by fsdp alone.
 Time, score: not yet run.
 """
 
