@@ -49,10 +49,10 @@ def run(main: Callable[..., Any], *, subcommands: Sequence[str] = (), arguments:
         except KeyboardInterrupt as stop:
             print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
             leave(128 + getattr(stop, "signum", signal.SIGINT))
-        except Exception:
+        except Exception:  # a bug: its traceback is told, as Python would
             if not is_started():
                 raise
-            traceback.print_exc()
+            traceback.print_exc()  # but Python's own exit would wait for the other processes
             leave(BUG)
 
     app.run(guarded, flags_parser=functools.partial(parse, subcommands=subcommands, arguments=arguments))
