@@ -17,7 +17,7 @@ from llm_jax.config import Config
 from llm_jax.config_rules import freeze, in_dtype
 from llm_jax.errors import InputError
 from llm_jax.files import read_json
-from llm_jax.interop import gguf, gguf_model, gguf_tokenizer, hf, hf_config, hf_generation, llama2c
+from llm_jax.interop import gguf, gguf_model, gguf_rope, gguf_tokenizer, hf, hf_config, hf_generation, llama2c
 from llm_jax.interop.tensors import Part, Place, check_shapes, parts, read_slices, tensors
 from llm_jax.progress import byte_bar, say
 from llm_jax.tokenizers import Tokenizer, load_tokenizer
@@ -181,7 +181,7 @@ def _open_gguf(path: Path, tokenizer: Tokenizer | None) -> Source:
         wanted = {tensor.name for group in groups for tensor in group}
         if missing := sorted(wanted - shapes.keys()):
             raise InputError(f"tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are)")
-        if unknown := sorted(shapes.keys() - wanted - set(gguf_model.FACTORS)):
+        if unknown := sorted(shapes.keys() - wanted - set(gguf_rope.FACTORS)):
             raise InputError(f"tensor {unknown[0]} is not known of {arch.name}, and may change what it computes")
         check_shapes(groups, shapes.__getitem__)
         tokenizer = tokenizer or gguf_tokenizer.tokenizer_from_gguf(file.metadata)
